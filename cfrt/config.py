@@ -1,0 +1,358 @@
+"""What a model is: frozen dataclasses, checked when made, and the table of presets.
+
+Sizes are counted in the unit that each field names: latent frames, latent cells, tokens, pixels. Nothing outside this
+table knows a model's constants. No torch, no files but one JSON.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from .blocks import Geometry
+from .errors import ConfigError
+
+AUTOENCODERS = ("tiny", "wan", "taehv")
+TEXTS = ("table", "umt5")
+SINK_POSITIONS = ("relative", "absolute")
+
+
+def _require(condition: bool, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"expected {expected}, got {got!r}")
+
+
+def _counts(config: object, *names: str, least: int = 1) -> None:
+    """Each named field is a whole number of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        _require(type(value) is int and value >= least, f"{name} to be a whole number >= {least}", value)
+
+
+def _positives(config: object, *names: str) -> None:
+    """Each named field is a positive, finite number; kept as float."""
+    for name in names:
+        value = getattr(config, name)
+        _require(_is_number(value) and 0 < value < float("inf"), f"{name} to be a positive number", value)
+        object.__setattr__(config, name, float(value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _tuple(config: object, name: str, kind: type, length: int | None = None) -> tuple[Any, ...]:
+    """The named field as a tuple of `kind` (lists are what JSON gives back)."""
+    value = getattr(config, name)
+    expected = f"{name} to be a list of {'' if length is None else f'{length} '}{kind.__name__}"
+    _require(isinstance(value, tuple | list) and length in (None, len(value)), expected, value)
+    fits = _is_number if kind is float else lambda item: type(item) is kind
+    _require(all(fits(item) for item in value), expected, value)
+    found = tuple(kind(item) for item in value)
+    object.__setattr__(config, name, found)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The causal video autoencoder. The first latent frame is one picture, each further one is `temporal` of them."""
+
+    kind: str
+    latent_channels: int
+    spatial: int
+    """Pixels along one side of a latent cell."""
+    temporal: int = 4
+    widths: tuple[int, ...] = ()
+    """Channels of each level, from pixels to latents; empty where the kind fixes them."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in AUTOENCODERS, f"autoencoder kind to be one of {', '.join(AUTOENCODERS)}", self.kind)
+        _counts(self, "latent_channels", "spatial", "temporal")
+        _require(all(width >= 1 for width in _tuple(self, "widths", int)), "autoencoder widths >= 1", self.widths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """What the model reads: `length` rows of `width`, from a table of known phrases or from umT5."""
+
+    kind: str
+    width: int
+    length: int
+    vocab: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Phrase (lower case, several words allowed) -> row of the table; row 0 is padding, all zeros."""
+    ignored: tuple[str, ...] = ()
+    """Filler words, skipped without a warning."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in TEXTS, f"text kind to be one of {', '.join(TEXTS)}", self.kind)
+        _counts(self, "width", "length")
+        _require(isinstance(self.vocab, Mapping), "vocab to map phrases to rows", self.vocab)
+        object.__setattr__(self, "vocab", dict(self.vocab))
+        for phrase, row in self.vocab.items():
+            _require(isinstance(phrase, str) and phrase == phrase.lower().strip() != "", "lower-case phrases", phrase)
+            _require(type(row) is int and row >= 1, f"a row >= 1 for {phrase!r} (row 0 is padding)", row)
+        _tuple(self, "ignored", str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal Wan2.1-style DiT (arXiv:2602.02214, 2605.15141), how it is sampled, what it reads, and its decoder."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    ffn: int
+    latent_channels: int
+    latent_grid: tuple[int, int]
+    """Latent cells: rows, columns."""
+    text: TextConfig
+    autoencoder: AutoencoderConfig
+    unit: int
+    """F: latent frames denoised together."""
+    window: int
+    """W: latent frames that a unit sees, itself included, sinks not."""
+    trained_frames: int
+    """Latent frames of a training clip; the distance at which relative sinks stop receding."""
+    steps: tuple[float, ...]
+    """u of each denoising pass, before the shift warp: decreasing from 1."""
+    shift: float
+    first_steps: tuple[float, ...] | None = None
+    """The list for unit 0, which has no past to lean on; None = `steps`."""
+    sinks: int = 0
+    """K: first latent frames of the stream, seen for ever."""
+    sink_position: str = "relative"
+    """"relative" clamps the distance to a sink at `trained_frames` - 1; "absolute" lets it grow."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns of one token."""
+    time_width: int = 256
+    rope_split: tuple[int, int, int] | None = None
+    """Rotary pairs for time, height, width; None = Wan's rule, (c - 2 (c//3), c//3, c//3) of c pairs."""
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+    fps: float = 16.0
+    """Pixel frames per second of the video that the model was trained on."""
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.name, str) and self.name != "", "a name", self.name)
+        _require(isinstance(self.text, TextConfig), "text to be a TextConfig", self.text)
+        _require(isinstance(self.autoencoder, AutoencoderConfig), "autoencoder to be its config", self.autoencoder)
+        _counts(
+            self, "width", "depth", "heads", "ffn", "latent_channels", "unit", "window", "trained_frames", "time_width"
+        )
+        _counts(self, "sinks", least=0)
+        _positives(self, "shift", "rope_theta", "eps", "fps")
+        self._check_sizes()
+        self._check_time()
+
+    def _check_sizes(self) -> None:
+        grid, patch = _tuple(self, "latent_grid", int, 2), _tuple(self, "patch", int, 3)
+        _require(min(grid + patch) >= 1, "latent_grid and patch >= 1", (grid, patch))
+        _require(patch[0] == 1, "a patch of one latent frame (a token belongs to one frame)", patch)
+        fits = grid[0] % patch[1] == 0 and grid[1] % patch[2] == 0
+        _require(fits, f"latent_grid to be a multiple of the patch {patch[1:]}", grid)
+        _require(self.width % (2 * self.heads) == 0, "width to be a multiple of 2 * heads", (self.width, self.heads))
+        _require(self.time_width % 2 == 0, "an even time_width", self.time_width)
+        _require(
+            self.autoencoder.latent_channels == self.latent_channels,
+            f"the autoencoder to have latent_channels = {self.latent_channels}",
+            self.autoencoder.latent_channels,
+        )
+        if self.rope_split is not None:
+            split, pairs = _tuple(self, "rope_split", int, 3), self.head_dim // 2
+            _require(min(split) >= 0 and sum(split) == pairs, f"rope_split to add up to {pairs} pairs", split)
+
+    def _check_time(self) -> None:
+        Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
+        _require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
+        _require(self.sinks <= self.trained_frames, f"sinks <= trained_frames = {self.trained_frames}", self.sinks)
+        for name in ("steps", "first_steps") if self.first_steps is not None else ("steps",):
+            steps = _tuple(self, name, float)
+            falling = all(a > b > 0 for a, b in pairwise(steps))
+            _require(len(steps) > 0 and steps[0] == 1.0 and falling, f"{name} to fall from 1 and stay above 0", steps)
+
+    # ------------------------------------------------------------------ derived
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Tokens of one latent frame: rows, columns."""
+        return self.latent_grid[0] // self.patch[1], self.latent_grid[1] // self.patch[2]
+
+    @property
+    def frame_tokens(self) -> int:
+        """N: tokens of one latent frame."""
+        return self.token_grid[0] * self.token_grid[1]
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one token's patch of latents."""
+        return self.latent_channels * self.patch[0] * self.patch[1] * self.patch[2]
+
+    @property
+    def rope_pairs(self) -> tuple[int, int, int]:
+        """Rotary pairs of one head for time, height, width."""
+        if self.rope_split is not None:
+            return self.rope_split
+        pairs = self.head_dim // 2
+        return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+    @property
+    def geometry(self) -> Geometry:
+        """Who sees whom."""
+        return Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Pixels of one frame: height, width."""
+        return self.latent_grid[0] * self.autoencoder.spatial, self.latent_grid[1] * self.autoencoder.spatial
+
+    def unit_frames(self, unit: int) -> int:
+        """Pixel frames of a unit: the clip's first latent frame is one picture, each further one `temporal` of them."""
+        every = self.unit * self.autoencoder.temporal
+        return every if unit > 0 else every - self.autoencoder.temporal + 1
+
+    def unit_steps(self, unit: int) -> tuple[float, ...]:
+        """The step list (u, before the warp) of a unit."""
+        return self.first_steps if unit == 0 and self.first_steps is not None else self.steps
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; `from_dict` gives the same config back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The config that `to_dict` wrote. ConfigError names every unknown and every missing key."""
+        return _decode(cls, data, where="the model config")
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The JSON text of `save`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads JSON. ConfigError when there is no file, no JSON, or no model in it."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the model config {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}); it is damaged or not a model config") from error
+        return _decode(cls, data, where=str(path))
+
+
+_NESTED: dict[str, Any] = {"text": TextConfig, "autoencoder": AutoencoderConfig}
+
+T = TypeVar("T")
+
+
+def _decode(cls: type[T], data: Any, where: str) -> T:
+    """A dataclass from the dict that `asdict` and JSON made of it; strict about keys."""
+    _require(isinstance(data, Mapping), f"{where} to be a JSON object", data)
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(known))
+    missing = sorted(name for name, required in known.items() if required and name not in data)
+    if unknown or missing:
+        raise ConfigError(
+            f"{where} is not for this version of cfrt: unknown keys {unknown or 'none'}, missing keys {missing or 'none'}"
+        )
+    values = dict(data)
+    for name in _NESTED.keys() & data.keys():
+        values[name] = _decode(_NESTED[name], data[name], f"{name} in {where}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+# ---------------------------------------------------------------------- presets
+
+
+def _even(count: int) -> tuple[float, ...]:
+    """`count` values of u, evenly from 1, 0 left out."""
+    return tuple(1 - i / count for i in range(count))
+
+
+def _wan(
+    name: str, unit: int, steps: int, first: int | None = None, *, window: int = 21, sinks: int = 0
+) -> ModelConfig:
+    """Causal Wan2.1-T2V-1.3B at 480 x 832: 1560 tokens a latent frame, trained on 21 of them (81 pixel frames)."""
+    return ModelConfig(
+        name=name,
+        width=1536,
+        depth=30,
+        heads=12,
+        ffn=8960,
+        latent_channels=16,
+        latent_grid=(60, 104),
+        text=TextConfig(kind="umt5", width=4096, length=512),
+        autoencoder=AutoencoderConfig(kind="wan", latent_channels=16, spatial=8, widths=(96, 192, 384, 384)),
+        unit=unit,
+        window=window,
+        sinks=sinks,
+        trained_frames=21,
+        steps=_even(steps),
+        first_steps=None if first is None else _even(first),
+        shift=5.0,
+    )
+
+
+def _wan_14b() -> ModelConfig:
+    """Wan2.1-T2V-14B, the real score of asymmetric DMD: bidirectional, the whole clip is one unit."""
+    return replace(_wan("wan-14b", unit=21, steps=50), width=5120, depth=40, heads=40, ffn=13824)
+
+
+def _tiny() -> ModelConfig:
+    """The embedded student: 64 x 64 pixels, 4 tokens a latent frame."""
+    return ModelConfig(
+        name="tiny",
+        width=192,
+        depth=4,
+        heads=3,
+        ffn=576,
+        latent_channels=16,
+        latent_grid=(4, 4),
+        text=TextConfig(kind="table", width=64, length=8),
+        autoencoder=AutoencoderConfig(kind="tiny", latent_channels=16, spatial=16),
+        unit=1,
+        window=8,
+        trained_frames=10,
+        steps=(1.0, 0.5),
+        first_steps=(1.0, 0.75, 0.5, 0.25),
+        shift=3.0,
+        rope_theta=100.0,
+    )
+
+
+# A = arXiv:2602.02214, tables 1 (one H100) and 2; B = arXiv:2605.15141, table 1 (one A800, no decoding).
+# All 1.3B rows have 1,418,996,800 parameters in 825 tensors.
+PRESETS: dict[str, ModelConfig] = {
+    config.name: config
+    for config in (
+        #     name                        F  steps, unit 0               reproduces
+        _wan("wan-1.3b-chunkwise-4step", 3, 4),  #                       A: 17.0 FPS, VBench 84.04
+        _wan("wan-1.3b-framewise-4step", 1, 4),  #                       B: 8.69 FPS, VBench 84.10
+        _wan("wan-1.3b-framewise-2step", 1, 2, first=4),  #              B: 14.1 FPS, VBench 84.14
+        _wan("wan-1.3b-framewise-1step", 1, 1, first=4),  #              B: 20.7 FPS, VBench 83.35
+        _wan("wan-1.3b-chunkwise-ar", 3, 50),  #                         A: VBench 82.12 (teacher forcing)
+        _wan("wan-1.3b-framewise-ar", 1, 50),  #                         the teacher of B; no number of its own
+        _wan("wan-1.3b-chunkwise-ode", 3, 4),  #                         starts the DMD of A: VBench 84.04 after it
+        _wan("wan-1.3b-framewise-ode", 1, 4),  #                         starts the DMD of A: VBench 83.75 after it
+        _wan("wan-1.3b-chunkwise-cd", 3, 4),  #                          A: VBench 81.48 (causal teacher)
+        _wan("wan-1.3b-framewise-cd", 1, 4),  #                          starts the DMD of B: VBench 84.10 after it
+        _wan("wan-1.3b-longvideo", 3, 4, window=18, sinks=3),  #         21 frames in reach, 3 of them anchors
+        _wan_14b(),  #                                                   14,288,491,584 parameters
+        _tiny(),  #                                                      its card, cfrt/students/tiny/card.md
+    )
+}

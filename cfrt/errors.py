@@ -1,0 +1,25 @@
+"""Every error that cfrt raises on purpose. A message says what was expected, what came, and what to do next."""
+
+
+class CfrtError(Exception):
+    """Root of all errors that cfrt raises on purpose."""
+
+
+class ConfigError(CfrtError, ValueError):
+    """A configuration that contradicts itself, or a file that holds none."""
+
+
+class WeightsError(CfrtError):
+    """Weights that are missing, damaged, or made for another configuration."""
+
+
+class PromptError(CfrtError, ValueError):
+    """A prompt from which the model can read nothing."""
+
+
+class EngineError(CfrtError, RuntimeError):
+    """No engine can do what was asked, or the one that was asked failed."""
+
+
+class VideoError(CfrtError):
+    """A video or picture that cannot be written or read."""

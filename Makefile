@@ -1,0 +1,111 @@
+# make demo    from a fresh checkout to a video: .venv, this checkout as a wheel, one prompt streamed for four seconds
+# make test    the same environment plus the test extra, then pytest
+#
+# Everything lives in .venv and build/. Running a target again does only what changed sources, pins or options ask for.
+#   PYTHON=python3.12   another Python        CFRT_CUDA=ON|OFF|AUTO   CUDA kernels (AUTO: when nvcc is found)
+#   TORCH_INDEX=URL     where torch comes from                         ARGS="-k ring"  further arguments for pytest
+
+PYTHON ?=
+TORCH_INDEX ?= auto
+CFRT_CUDA ?= AUTO
+ARGS ?=
+PROMPT ?= a large red circle moving left over the ocean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+export TORCH_INDEX CFRT_CUDA
+unexport PYTHONPATH
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMPS := $(VENV)/.stamps
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE cmake csrc cfrt training export
+WHEEL = $(wildcard build/wheel/cfrt-*.whl)
+
+.PHONY: help demo test test-all lint format types imports bench dev clean FORCE
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+# ------------------------------------------------------------------------------------------------------------ environment
+
+$(STAMPS)/venv:
+	@python=$$(tools/prerequisites.sh $(PYTHON)); set -x; "$$python" -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt tools/torch.sh
+	tools/torch.sh $(PIP)
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/venv $(STAMPS)/cuda constraints.txt pyproject.toml tools/build_requirements.py
+	$(BIN)/python tools/build_requirements.py > $@.txt && $(PIP) install -c constraints.txt -r $@.txt
+	$(BIN)/python tools/build_requirements.py --dynamic > $@.txt && $(PIP) install -c constraints.txt -r $@.txt
+	@touch $@
+
+# Files whose content is a setting: rewritten, and so newer, only when the setting changes.
+$(STAMPS)/cuda: FORCE | $(STAMPS)/venv
+	@echo '$(CFRT_CUDA)' | cmp -s - $@ || echo '$(CFRT_CUDA)' > $@
+
+$(STAMPS)/sources: FORCE | $(STAMPS)/venv
+	@find $(SOURCES) -type f -not -path '*/__pycache__/*' -not -name '.*' -print0 | sort -z | xargs -0 sha256sum > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(STAMPS)/wheel: $(STAMPS)/sources $(STAMPS)/build
+	@rm -rf build/wheel
+	$(PIP) wheel . -v --no-deps --no-build-isolation -w build/wheel
+	@touch $@
+
+$(STAMPS)/installed: $(STAMPS)/wheel $(STAMPS)/torch
+	$(PIP) install --no-deps --force-reinstall $(call WHEEL)
+	$(PIP) install -c constraints.txt "$(call WHEEL)[torch]"
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/installed
+	$(PIP) install -c constraints.txt "$(call WHEEL)[test]"
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/test
+	$(PIP) install -c constraints.txt "$(call WHEEL)[dev]"
+	@touch $@
+
+# ------------------------------------------------------------------------------------------------------------------- work
+
+demo: $(STAMPS)/installed
+	$(BIN)/cfrt generate "$(PROMPT)" --seconds 4 -o demo.mp4 -o demo.png
+
+test: $(STAMPS)/test
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMPS)/test
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cuda/*
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cuda/*
+
+types: $(STAMPS)/dev
+	$(BIN)/mypy
+	MYPYPATH=csrc $(BIN)/stubtest _cfrt
+
+imports: $(STAMPS)/test
+	$(BIN)/lint-imports
+
+bench: $(STAMPS)/test
+	$(BIN)/pytest benchmarks $(ARGS)
+
+# An editable install: Python sources run from the checkout, the extension is built once.
+dev: $(STAMPS)/dev
+	$(PIP) install --no-deps --no-build-isolation -e .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -1,0 +1,74 @@
+"""What every test gets: a place it runs (cpu or gpu), one thread, its own random state, and no silent skip in CI."""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+
+# Before anything imports numpy or torch, here or in a child process: results at a fixed thread count are comparable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+GPU_RUNNER = os.environ.get("CFRT_GPU") == "1"
+
+settings.register_profile("cfrt", deadline=None, derandomize=CI, max_examples=50, print_blob=True)
+settings.load_profile("cfrt")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test says where it runs: exactly one of the markers cpu and gpu."""
+    lost = [item.nodeid for item in items if sum(item.get_closest_marker(m) is not None for m in ("cpu", "gpu")) != 1]
+    if lost:
+        raise pytest.UsageError("expected exactly one of the markers cpu and gpu on each test; not so:\n" + "\n".join(lost))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A gpu test is skipped where there is no GPU, and fails there when the runner is said to have one."""
+    if item.get_closest_marker("gpu") is None or gpu_present():
+        return
+    if GPU_RUNNER:
+        pytest.fail("CFRT_GPU=1, but torch sees no CUDA device", pytrace=False)
+    pytest.skip("no GPU")
+
+
+def gpu_present() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator:
+    """In CI a test that runs on any machine is not skipped: a missing oracle is a failure."""
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+        report.outcome, report.longrepr = "failed", f"skipped in CI: {call.excinfo and call.excinfo.value}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator:
+    """The same for a whole file (`pytest.importorskip` at its top)."""
+    report = yield
+    if CI and report.skipped:
+        report.outcome, report.longrepr = "failed", f"skipped in CI: {collector.nodeid}: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _random_state() -> Iterator[None]:
+    """Each test leaves the global random states as it found them, so that order does not matter."""
+    torch = sys.modules.get("torch")
+    python, numpy = random.getstate(), np.random.get_state()
+    of_torch = torch.get_rng_state() if torch else None
+    yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    if of_torch is not None:
+        torch.set_rng_state(of_torch)

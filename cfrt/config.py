@@ -225,7 +225,8 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings; `from_dict` gives the same config back."""
-        return json.loads(json.dumps(asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -265,7 +266,7 @@ def _decode(cls: type[T], data: Any, where: str) -> T:
     missing = sorted(name for name, required in known.items() if required and name not in data)
     if unknown or missing:
         raise ConfigError(
-            f"{where} is not for this version of cfrt: unknown keys {unknown or 'none'}, missing keys {missing or 'none'}"
+            f"{where} does not fit this version of cfrt: unknown keys {unknown}, missing keys {missing}"
         )
     values = dict(data)
     for name in _NESTED.keys() & data.keys():

@@ -1,0 +1,174 @@
+"""Attention over keys that may lie in a ring, behind one name and several backends.
+
+"reference" is the definition: eager, fp32 accumulation, registered as the op `cfrt::attention` so that torch.compile
+and torch.export see one node. "sdpa" is PyTorch's fused attention: what training and the torch engine run.
+
+Shapes: B batch, N queries, M keys, H heads, D numbers a head.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blocks import Span
+from ..errors import EngineError
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    ranges: Sequence[Span] | None = None,
+    q_sink: Tensor | None = None,
+    sink_tokens: int = 0,
+    backend: str = "reference",
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v: q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D].
+
+    ranges: half-open spans of key tokens to read, one after another (None = all of them). Order among keys does not
+        matter to attention, so a ring is read as it lies.
+    mask: bool [N, keys read] or [B, N, keys read], True = may look; every query must see something.
+    q_sink: the queries at a second position, [B, N, H, D], used for the first `sink_tokens` of the keys read.
+
+    Raises EngineError for a backend that does not exist.
+    """
+    if backend not in BACKENDS:
+        raise EngineError(f"expected an attention backend out of {', '.join(BACKENDS)}; got {backend!r}")
+    return BACKENDS[backend](q, k, v, mask, ranges, q_sink, sink_tokens)
+
+
+def _read(x: Tensor, ranges: Sequence[Span] | None) -> Tensor:
+    """The keys (or values) of the given spans, [B, keys read, H, D]; a view where there is only one."""
+    if ranges is None:
+        return x
+    parts = [x[:, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+# ---------------------------------------------------------------------- reference
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_sink: Tensor | None, sink_tokens: int) -> Tensor:
+    """The formula, in at least fp32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    far, near = k[:, :sink_tokens].to(dtype), k[:, sink_tokens:].to(dtype)
+    q_far = q if q_sink is None else q_sink
+    scores = torch.cat(
+        [
+            torch.einsum("bnhd,bmhd->bhnm", q_far.to(dtype), far),
+            torch.einsum("bnhd,bmhd->bhnm", q.to(dtype), near),
+        ],
+        dim=-1,
+    ) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~_per_head(mask), float("-inf"))
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(dim=-1), v.to(dtype)).to(q.dtype)
+
+
+def _per_head(mask: Tensor) -> Tensor:
+    return mask if mask.dim() == 2 else mask.unsqueeze(1)
+
+
+@torch.library.custom_op("cfrt::attention", mutates_args=())
+def _reference_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bounds: Sequence[int],
+    q_sink: Tensor | None,
+    sink_tokens: int,
+) -> Tensor:
+    """`bounds` are the ranges, flattened: an operator's schema has no pairs."""
+    spans = list(zip(bounds[::2], bounds[1::2], strict=True))
+    return _plain(q, _read(k, spans), _read(v, spans), mask, q_sink, sink_tokens).contiguous()
+
+
+@_reference_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Any, bounds: Any, q_sink: Any, sink_tokens: int) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, mask, ctx.bounds, q_sink, ctx.sink_tokens = inputs
+    ctx.save_for_backward(q, k, v, mask, q_sink)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Recomputes and lets autograd differentiate the formula: the reference is for being right, not fast."""
+    q, k, v, mask, q_sink = ctx.saved_tensors
+    spans = list(zip(ctx.bounds[::2], ctx.bounds[1::2], strict=True))
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        q_sink = None if q_sink is None else q_sink.detach().requires_grad_()
+        out = _plain(q, _read(k, spans), _read(v, spans), mask, q_sink, ctx.sink_tokens)
+    wanted = [q, k, v] if q_sink is None else [q, k, v, q_sink]
+    grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+    return grads[0], grads[1], grads[2], None, None, None if q_sink is None else grads[3], None
+
+
+_reference_op.register_autograd(_backward, setup_context=_save)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    ranges: Sequence[Span] | None,
+    q_sink: Tensor | None,
+    sink_tokens: int,
+) -> Tensor:
+    spans = [(0, k.shape[1])] if ranges is None else ranges
+    return _reference_op(q, k, v, mask, [bound for span in spans for bound in span], q_sink, sink_tokens)
+
+
+# ---------------------------------------------------------------------- sdpa
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    ranges: Sequence[Span] | None,
+    q_sink: Tensor | None,
+    sink_tokens: int,
+) -> Tensor:
+    k, v = _read(k, ranges), _read(v, ranges)
+    scale = q.shape[-1] ** -0.5
+    if q_sink is not None:
+        q, k = _two_positions(q, k, q_sink, sink_tokens)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else _per_head(mask),
+        scale=scale,
+    )
+    return out.transpose(1, 2)
+
+
+def _two_positions(q: Tensor, k: Tensor, q_sink: Tensor, sink_tokens: int) -> tuple[Tensor, Tensor]:
+    """One dot product that picks its query by key: [q, q_sink] . [k, 0] for the window, . [0, k] for the sinks.
+
+    Exact, differentiable, and good with any mask, at twice the width of q and k; there is no public fused attention
+    that returns its softmax sum, with which two calls could be merged instead.
+    """
+    far, near = k.split([sink_tokens, k.shape[1] - sink_tokens], dim=1)
+    widened = torch.cat([F.pad(far, (k.shape[-1], 0)), F.pad(near, (0, k.shape[-1]))], dim=1)
+    return torch.cat([q, q_sink], dim=-1), widened
+
+
+Backend = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Sequence[Span] | None, Tensor | None, int],
+    Tensor,
+]
+
+BACKENDS: dict[str, Backend] = {"reference": _reference, "sdpa": _sdpa}

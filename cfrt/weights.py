@@ -1,0 +1,139 @@
+"""Weights on disk and other people's names for them.
+
+A model is a folder with `config.json` and `model.safetensors`. Tensors are named `dit.*` (Wan2.1's own names),
+`autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
+config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
+
+numpy throughout; torch is imported only to read `.pt` checkpoints.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from .config import ModelConfig
+from .errors import ConfigError, WeightsError
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+LISTED = 4
+"""Differences that an error names before it counts the rest."""
+
+Arrays = dict[str, np.ndarray]
+
+
+# ---------------------------------------------------------------------- own folders
+
+
+def save_model(folder: str | Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes `config.json` and `model.safetensors` into `folder` (made if need be), other files there untouched.
+
+    Each file is written beside its place, flushed to disk and moved in, so that a crash leaves the old or the new one.
+    WeightsError when a float is not finite or beyond fp16; OSError when the folder cannot be written.
+    """
+    stored = {name: np.ascontiguousarray(_stored(name, tensor)) for name, tensor in tensors.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replacing(folder / WEIGHTS_FILE) as weights, _replacing(folder / CONFIG_FILE) as text:
+        weights.write_bytes(to_safetensors(stored, metadata={"config": json.dumps(config.to_dict())}))
+        text.write_text(config.to_json(), encoding="utf-8")
+
+
+def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
+    """The config and all tensors of `save_model`, floats as fp32.
+
+    ConfigError for a bad config.json; WeightsError when the weights are missing, truncated, corrupt, not finite, or
+    saved with another config. Whether every tensor is there is the reader's to say, through `match`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"expected a model folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
+    config = ModelConfig.load(folder / CONFIG_FILE)
+    tensors, metadata = _read_safetensors(folder / WEIGHTS_FILE)
+    if "config" in metadata:
+        _check_same(config.to_dict(), json.loads(metadata["config"]), folder)
+    return config, tensors
+
+
+def part(tensors: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+    """The tensors below `prefix.`, without it: part(tensors, "dit") has Wan's names."""
+    return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(prefix + ".")}
+
+
+def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
+    """WeightsError that lists what is missing, extra or misshapen, unless `got` is exactly what is `expected`."""
+    shapes = {name: tuple(x.shape) for name, x in got.items()}
+    common = sorted(expected.keys() & shapes.keys())
+    differences = [
+        *_listed("missing", sorted(expected.keys() - shapes.keys())),
+        *_listed("unknown", sorted(shapes.keys() - expected.keys())),
+        *_listed(
+            "of another shape",
+            [f"{n} (expected {expected[n]}, got {shapes[n]})" for n in common if tuple(expected[n]) != shapes[n]],
+        ),
+    ]
+    if differences:
+        raise WeightsError(f"the weights do not fit the model: {'; '.join(differences)}. Are they of another config?")
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return [f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"] if names else []
+
+
+def _stored(name: str, tensor: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(tensor.dtype, np.floating):
+        return tensor
+    if not np.isfinite(tensor).all() or np.abs(tensor).max(initial=0) > np.finfo(np.float16).max:
+        raise WeightsError(f"{name} holds values that are not finite or beyond fp16; nothing was saved")
+    return tensor.astype(np.float16)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes `path`'s place when the block succeeds and vanishes when it fails."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            draft.unlink()
+
+
+def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            metadata = file.metadata() or {}
+    except FileNotFoundError as error:
+        raise WeightsError(f"expected weights at {path}, found no such file") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is truncated or damaged ({error}); fetch or export it again") from error
+    loaded = {name: _loaded(x) for name, x in tensors.items()}
+    broken = [name for name, x in loaded.items() if x.dtype == np.float32 and not np.isfinite(x).all()]
+    if broken:
+        raise WeightsError(f"{path} is damaged: {_listed('tensors with values that are not finite', broken)[0]}")
+    return loaded, metadata
+
+
+def _loaded(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
+
+
+def _check_same(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
+    names = [name for name in config.keys() | saved.keys() if config.get(name) != saved.get(name)]
+    if names:
+        raise WeightsError(
+            f"{folder / CONFIG_FILE} is not the config of its weights: {', '.join(sorted(names))} differ. "
+            "Restore it, or write a new model with save_model"
+        )

@@ -1,0 +1,161 @@
+"""The loop resumes bit for bit, the data set is a function of its seed, and every stage learns from what it should.
+
+Runs on the CPU in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cfrt.nn.autoencoder import Autoencoder
+from training import bidirectional, cd, data, dmd, loop, recipes, rollout, teacher
+from training.network import Network, broadcast, guided
+
+pytestmark = pytest.mark.cpu
+
+DATA = data.Config(clips=12, units=6)
+
+
+class _Line:
+    """A stage small enough to compare bit for bit: a linear layer that fits noise."""
+
+    name = "line"
+
+    def __init__(self, steps: int, stop: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.steps, self.stop = steps, stop
+        self.student = nn.Linear(3, 3)
+        self.networks = {"student": self.student}
+        self.optimisers = {"adam": torch.optim.AdamW(self.student.parameters(), lr=1e-2)}
+
+    def step(self, index: int, generator: torch.Generator) -> loop.Stats:
+        if index == self.stop:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 3, generator=generator) + torch.randn(4, 3)
+        loss = self.student(x).square().mean()
+        self.optimisers["adam"].zero_grad()
+        loss.backward()
+        self.optimisers["adam"].step()
+        return {"loss": loss.item()}
+
+
+def _run(folder: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
+    stage = _Line(60, stop)
+    average = loop.Average(stage.student, 0.9)
+    loop.run(stage, folder, seed=3, average=average)
+    return average.weights | {f"live/{k}": v for k, v in stage.student.state_dict().items()}
+
+
+def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    whole = _run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "broken", stop=33)
+    resumed = _run(tmp_path / "broken")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights.safetensors"
+    loop.write_tensors(path, {"a": torch.ones(2)})
+    before = path.read_bytes()
+    monkeypatch.setattr(loop.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        loop.write_tensors(path, {"a": torch.zeros(2)})
+    assert path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def recipe() -> recipes.Recipe:
+    tiny = recipes.tiny()
+    model = replace(tiny.model, width=64, depth=1, heads=1, ffn=64)
+    return replace(tiny, model=model, data=DATA)
+
+
+@pytest.fixture(scope="module")
+def clips(recipe: recipes.Recipe, tmp_path_factory: pytest.TempPathFactory) -> data.Clips:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("data")
+    data.write(folder, DATA, Autoencoder(recipe.model.autoencoder).eval(), seed=1)
+    return data.Clips(folder, DATA, seed=1)
+
+
+def test_batches_depend_on_the_step_alone(clips: data.Clips) -> None:
+    first = clips.batch(5, 4)
+    clips.batch(0, 4)
+    again = clips.batch(5, 4)
+    assert torch.equal(first.latents, again.latents)
+    assert torch.equal(first.captions, again.captions)
+    epoch = torch.cat([clips.batch(i, 4).latents for i in range(3)])
+    assert len(epoch.flatten(1).unique(dim=0)) == len(clips)
+
+
+def test_captions_switch_where_the_scene_does() -> None:
+    plan = data.script(400, data.Config(), loop.step_generator(1, 2))
+    switched = plan.unit < 10
+    assert 0.18 < switched.float().mean() < 0.32
+    assert (plan.captions[~switched, 0] == plan.captions[~switched, 1]).all()
+    assert (plan.before[~switched] == plan.after[~switched]).all()
+    assert plan.caption(10).sum(1).eq(10 - plan.unit).all()
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "teacher", "cd"])
+def test_a_stage_learns(name: str, recipe: recipes.Recipe, clips: data.Clips) -> None:
+    """Loss on the same few clips falls."""
+    torch.manual_seed(0)
+    start = Network(recipe.model)
+    stage: loop.Stage
+    if name == "bidirectional":
+        stage = bidirectional.Stage(bidirectional.Config(steps=40, batch=8), recipe.model, clips)
+    elif name == "teacher":
+        stage = teacher.Stage(teacher.Config(steps=40, batch=8), recipe.model, clips, start)
+    else:
+        stage = cd.Stage(cd.Config(steps=40, batch=8, levels=4), recipe.model, clips, start)
+    losses = [stage.step(i, loop.step_generator(0, i))["loss"] for i in range(40)]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8]) or name == "cd"
+    assert all(torch.isfinite(p).all() for p in stage.student.parameters())
+
+
+def test_dmd_moves_the_student_and_not_the_real_score(recipe: recipes.Recipe) -> None:
+    torch.manual_seed(0)
+    stage = dmd.Stage(dmd.Config(steps=4, batch=2, critic_warmup=1), recipe.model, DATA, Network(recipe.model), Network(recipe.model))
+    real = {k: v.clone() for k, v in stage.real.state_dict().items()}
+    before = {k: v.clone() for k, v in stage.student.state_dict().items()}
+    for index in range(2):
+        stage.step(index, loop.step_generator(0, index))
+    assert all(torch.equal(v, stage.real.state_dict()[k]) for k, v in real.items())
+    assert any(not torch.equal(v, stage.student.state_dict()[k]) for k, v in before.items())
+
+
+def test_guidance_of_one_is_the_plain_velocity(recipe: recipes.Recipe, clips: data.Clips) -> None:
+    torch.manual_seed(0)
+    network = Network(recipe.model)
+    nn.init.normal_(network.dit.head.head.weight)
+    batch = clips.batch(0, 3)
+    s = torch.rand(3, DATA.units)
+    plain = guided(network.teacher_forced, batch.latents, s, batch, 1.0)
+    null = guided(network.teacher_forced, batch.latents, s, batch.to_null(), 1.0)
+    twice = guided(network.teacher_forced, batch.latents, s, batch, 2.0)
+    torch.testing.assert_close(twice, 2 * plain - null, atol=1e-5, rtol=1e-4)
+    assert broadcast(s).shape == (3, DATA.units, 1, 1, 1)
+
+
+def test_rollout_of_the_teacher_equals_its_training_forward(recipe: recipes.Recipe, clips: data.Clips) -> None:
+    """One Euler step down from noise, on a real past: the player's velocity is the teacher-forced one."""
+    torch.manual_seed(0)
+    network = Network(recipe.model).eval()
+    nn.init.normal_(network.dit.head.head.weight, std=0.05)
+    batch = clips.batch(0, 3)
+    noise, s = torch.randn_like(batch.latents), torch.full((3, DATA.units), 0.7)
+    with torch.no_grad():
+        expected = network.teacher_forced(noise, s, batch)
+        player = rollout.Player(network, recipe.model, batch.captions, batch.caption)
+        for unit in range(DATA.units):
+            v = player.velocity(noise[:, unit : unit + 1], 0.7, unit)
+            torch.testing.assert_close(v[:, 0], expected[:, unit], atol=2e-5, rtol=1e-4)
+            player.commit(batch.latents[:, unit : unit + 1], unit)

@@ -1,0 +1,147 @@
+"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> consistency distillation -> DMD -> student -> card.
+
+Every stage is a folder with its config, its checkpoint, its statistics, its previews and, when it is done, its averaged
+weights (`average.safetensors`). Running the chain again goes on where it stopped; a finished stage is not run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cfrt.nn.autoencoder import Autoencoder
+from cfrt.weights import save_model
+from training import autoencoder, bidirectional, cd, data, dmd, preview, rollout, teacher
+from training.loop import Average, Stage, run, step_generator
+from training.network import Network, load
+from training.recipes import Recipe
+
+STAGES = ("autoencoder", "bidirectional", "teacher", "cd", "dmd")
+
+
+def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
+    """Run every stage of the recipe up to `until`, each from where it stopped."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in STAGES[: STAGES.index(until) + 1]:
+        folder = out / name
+        if finished(folder):
+            continue
+        torch.manual_seed(recipe.seed)
+        build = {"autoencoder": _autoencoder, "bidirectional": _bidirectional, "teacher": _teacher, "cd": _cd, "dmd": _dmd}[name]
+        stage, average = build(recipe, out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(getattr(recipe, name)), indent=2) + "\n")
+        run(stage, folder, seed=recipe.seed, average=average, after=_previewer(recipe, out, name, average))
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "average.safetensors").exists()
+
+
+def weights(out: Path, stage: str) -> dict[str, Tensor]:
+    """The averaged weights of a finished stage."""
+    return load_file(out / stage / "average.safetensors")
+
+
+def trained_autoencoder(recipe: Recipe, out: Path) -> Autoencoder:
+    network = Autoencoder(recipe.model.autoencoder)
+    network.load_state_dict({name: value.float() for name, value in weights(out, "autoencoder").items()})
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
+    return load(recipe.model, weights(out, stage))
+
+
+def save_student(recipe: Recipe, out: Path, folder: Path, stage: str = "dmd") -> None:
+    """Write the student's bundle: config.json and model.safetensors."""
+    network, decoder = weights(out, stage), weights(out, "autoencoder")
+    tensors = dict(network)
+    tensors |= {f"autoencoder.{name}": value for name, value in decoder.items()}
+    save_model(folder, recipe.model, {name: value.float().numpy() for name, value in tensors.items()})
+
+
+def _clips(recipe: Recipe, out: Path) -> data.Clips:
+    folder = out / "data"
+    data.write(folder, recipe.data, trained_autoencoder(recipe, out), recipe.seed)
+    return data.Clips(folder, recipe.data, recipe.seed)
+
+
+def _averaged(stage: Stage, decay: float) -> tuple[Stage, Average]:
+    return stage, Average(stage.student, decay)
+
+
+def _autoencoder(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    return _averaged(autoencoder.Stage(recipe.autoencoder, recipe.model.autoencoder), recipe.autoencoder.ema)
+
+
+def _bidirectional(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    stage = bidirectional.Stage(recipe.bidirectional, recipe.model, _clips(recipe, out))
+    return _averaged(stage, recipe.bidirectional.ema)
+
+
+def _teacher(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    start = trained_network(recipe, out, "bidirectional")
+    return _averaged(teacher.Stage(recipe.teacher, recipe.model, _clips(recipe, out), start), recipe.teacher.ema)
+
+
+def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    stage = cd.Stage(recipe.cd, recipe.model, _clips(recipe, out), trained_network(recipe, out, "teacher"))
+    return stage, stage.average
+
+
+def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "bidirectional")
+    return _averaged(dmd.Stage(recipe.dmd, recipe.model, recipe.data, student, score), recipe.dmd.ema)
+
+
+PREVIEW_CLIPS = 8
+TEACHER_STEPS = 24
+GUIDANCE = 2.0
+
+
+def _previewer(recipe: Recipe, out: Path, name: str, average: Average) -> Callable[[int], None] | None:
+    """A contact sheet of what the stage makes, drawn at every checkpoint from the same captions and noise."""
+    if name == "autoencoder":
+        return None
+    decoder = trained_autoencoder(recipe, out)
+
+    def draw(step: int) -> None:
+        state = torch.get_rng_state()
+        latents = sample(load(recipe.model, average.weights), recipe, name, PREVIEW_CLIPS)
+        preview.sheet(data.decode(decoder, latents), out / name / "preview.png")
+        torch.set_rng_state(state)
+
+    return draw
+
+
+@torch.no_grad()
+def sample(network: Network, recipe: Recipe, stage: str, clips: int, seed: int = 7) -> Tensor:
+    """Latents of a few clips as the stage samples them: guided Euler for teachers, few steps for students."""
+    generator = step_generator(seed, 0)
+    plan = data.script(clips, recipe.data, generator)
+    caption = plan.caption(recipe.data.units)
+    units = recipe.data.units // recipe.model.unit
+    if stage == "bidirectional":
+        return bidirectional.sample(network, recipe.model, plan.captions, caption, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
+    if stage == "teacher":
+        player = rollout.Player(network, recipe.model, plan.captions, caption, guidance=GUIDANCE)
+        return rollout.play(player, units, rollout.euler(recipe.model, TEACHER_STEPS), generator)
+    player = rollout.Player(network, recipe.model, plan.captions, caption)
+    return rollout.play(player, units, rollout.few_step(recipe.model, generator), generator)
+
+
+def run(recipe: Recipe, out: Path, *, until: str = "card") -> None:
+    """The whole recipe: every stage, then the student's bundle and its card in OUT/student."""
+    train(recipe, out, until=STAGES[-1] if until == "card" else until)
+    if until != "card":
+        return
+    from training import card  # imports the runtime as well, which no stage needs
+
+    save_student(recipe, out, out / "student")
+    card.write(recipe, out, out / "student")

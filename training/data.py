@@ -1,0 +1,151 @@
+"""The data set of the tiny recipe: clips of the world as latents, with the captions that rule each latent frame.
+
+Written once as shards of safetensors by as many processes as there are cores; a shard depends on (seed, its number) alone.
+
+Shapes: N clips, n latent frames, C x h x w a latent frame, L rows of a caption; every clip has two captions (equal where it has no switch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cfrt.nn.autoencoder import Autoencoder
+from training import captions, worlds
+from training.loop import step_generator, write_tensors
+
+SHARD = 1000  # clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    clips: int = 24_000
+    units: int = 10  # latent frames of a clip
+    switched: float = 0.25  # share of clips whose caption changes
+    omitted: float = 0.08  # chance that a caption leaves a factor out
+    omitted_after: float = 0.3  # the same for the second caption: what it leaves out stays as it was
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    latents: Tensor  # [B, n, C, h, w]
+    captions: Tensor  # [B, 2, L] rows of the text table
+    caption: Tensor  # [B, n] which of the two rules each latent frame
+
+    def to_null(self) -> Batch:
+        """The same clips under the empty caption."""
+        return Batch(latents=self.latents, captions=torch.zeros_like(self.captions), caption=self.caption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """Captions of B clips to come: what a rollout is asked to play."""
+
+    before: Tensor  # [B, 6] factors
+    after: Tensor  # [B, 6]
+    unit: Tensor  # [B] unit at which `after` takes over; n where it never does
+    captions: Tensor  # [B, 2, L]
+    steered: Tensor  # [B] bool, whether the second caption names a direction
+
+    def caption(self, units: int) -> Tensor:
+        """[B, n] index of the caption that rules each unit."""
+        return (torch.arange(units)[None] >= self.unit[:, None]).long()
+
+
+def script(clips: int, config: Config, generator: torch.Generator) -> Script:
+    """Draw factors, what the captions mention, and the switches (at least three units before and four after)."""
+    before, fresh = worlds.sample_factors(clips, generator), worlds.sample_factors(clips, generator)
+    switched = torch.rand(clips, generator=generator) < config.switched
+    first_half = max(1, min(3, config.units - 2))
+    unit = torch.randint(first_half, max(first_half + 1, config.units - 3), (clips,), generator=generator)
+    mentioned = torch.rand(clips, 2, 6, generator=generator) >= torch.tensor([config.omitted, config.omitted_after])[:, None]
+    after = torch.where(mentioned[:, 1] & switched[:, None], fresh, before)
+    ids = captions.rows(torch.stack([before, after], 1), mentioned)
+    ids[:, 1] = torch.where(switched[:, None], ids[:, 1], ids[:, 0])
+    return Script(
+        before=before,
+        after=after,
+        unit=torch.where(switched, unit, config.units),
+        captions=ids,
+        steered=mentioned[:, 1, worlds.DIRECTION] & switched,
+    )
+
+
+def play(plan: Script, units: int, generator: torch.Generator) -> worlds.Scene:
+    """Real clips of a script."""
+    frames = 1 + worlds.UNIT_FRAMES * (units - 1)
+    switch = worlds.first_frame(plan.unit).clamp(max=frames)
+    return worlds.simulate(plan.before, generator, frames, after=plan.after, switch=switch, steered=plan.steered)
+
+
+@torch.no_grad()
+def encode(autoencoder: Autoencoder, video: Tensor, chunk: int = 8) -> Tensor:
+    """Latents of a batch of clips, a few at a time (a convolution over hundreds of units falls out of the cache)."""
+    return torch.cat([autoencoder.encode(video[first : first + chunk]) for first in range(0, len(video), chunk)])
+
+
+@torch.no_grad()
+def decode(autoencoder: Autoencoder, latents: Tensor, chunk: int = 8) -> Tensor:
+    """Pixels in [0, 1] of clips that start at their first latent frame."""
+    return torch.cat([autoencoder.decode(latents[first : first + chunk])[0].clamp(0, 1) for first in range(0, len(latents), chunk)])
+
+
+def write_shard(folder: Path, number: int, config: Config, autoencoder: Autoencoder, seed: int, clips: int = SHARD) -> Path:
+    """Render and encode one shard, unless it is there already."""
+    path = folder / f"{number:04d}.safetensors"
+    if path.exists():
+        return path
+    generator = step_generator(seed, number)
+    plan = script(clips, config, generator)
+    scene = play(plan, config.units, generator)
+    latents = encode(autoencoder, worlds.render(scene))
+    tensors = {"latents": latents.half(), "captions": plan.captions, "caption": plan.caption(config.units)}
+    write_tensors(path, tensors)
+    return path
+
+
+def write(folder: Path, config: Config, autoencoder: Autoencoder, seed: int) -> None:
+    """All shards of the data set that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = -(-config.clips // SHARD)
+    for number in tqdm(range(shards), desc="data", unit="shard", disable=None):
+        write_shard(folder, number, config, autoencoder, seed, min(SHARD, config.clips - number * SHARD))
+
+
+class Clips:
+    """The data set in memory; `batch(index)` is a function of the step alone, so that training resumes exactly."""
+
+    def __init__(self, folder: Path, config: Config, seed: int) -> None:
+        shards = [load_file(folder / f"{number:04d}.safetensors") for number in range(-(-config.clips // SHARD))]
+        self.latents, self.captions, self.caption = (
+            torch.cat([shard[name] for shard in shards]) for name in ("latents", "captions", "caption")
+        )
+        self.seed = seed
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Batch `index` of an endless walk through permutations of the data set, one permutation an epoch."""
+        positions = torch.arange(index * size, (index + 1) * size)
+        picks = torch.tensor([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
+        return Batch(latents=self.latents[picks].float(), captions=self.captions[picks], caption=self.caption[picks])
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._order[0] != epoch:
+            self._order = (epoch, torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1000 + epoch)))
+        return self._order[1]
+
+
+def drop_captions(batch: Batch, chance: float, generator: torch.Generator) -> Batch:
+    """Replace whole captions by the empty one, so that guidance has an unconditional branch."""
+    keep = torch.rand(len(batch.latents), 1, 1, generator=generator) >= chance
+    return Batch(latents=batch.latents, captions=batch.captions * keep, caption=batch.caption)
+
+

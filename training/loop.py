@@ -1,0 +1,154 @@
+"""The one training loop: reseeds from progress, keeps an exponential average, writes checkpoints from which it goes on bit for bit.
+
+A stage brings its networks, its optimisers and one step (the loss lives there and nowhere else); the loop brings
+everything that all stages share. Randomness of step k depends on (seed, k) alone, so a run that is killed and
+started again equals one that was never stopped; no generator state is saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+LOG_EVERY = 25  # steps averaged into one line of stats.jsonl
+SAVE_SECONDS = 60.0
+
+Stats = dict[str, float]
+
+
+class Stage(Protocol):
+    """What a stage gives the loop."""
+
+    name: str
+    steps: int
+    student: nn.Module  # what is averaged and handed on
+    optimisers: Mapping[str, torch.optim.Optimizer]
+    networks: Mapping[str, nn.Module]  # everything trained, `student` among it
+
+    def step(self, index: int, generator: torch.Generator) -> Stats: ...
+
+
+class Average:
+    """Exponential moving average of a network's weights, with a warm-up so that the first steps are forgotten."""
+
+    def __init__(self, network: nn.Module, decay: float, warm: bool = True) -> None:
+        self.decay, self.warm, self.updates = decay, warm, 0
+        self.weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm else self.decay
+        torch._foreach_lerp_(list(self.weights.values()), list(network.state_dict().values()), 1 - decay)
+
+
+def cosine(index: int, steps: int, *, warmup: int = 50, floor: float = 0.01) -> float:
+    """Learning-rate factor of a step: linear warm-up, then half a cosine down to `floor`."""
+    ramp = min(1.0, (index + 1) / warmup)
+    return ramp * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, index / max(1, steps)))))
+
+
+def constant(index: int, steps: int, *, warmup: int = 20) -> float:
+    return min(1.0, (index + 1) / warmup)
+
+
+def step_generator(seed: int, index: int) -> torch.Generator:
+    """The randomness of one step; also reseeds torch's global generator for what takes none."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
+    torch.manual_seed(mixed)
+    return torch.Generator().manual_seed(mixed)
+
+
+def run(stage: Stage, folder: Path, *, seed: int, average: Average, after: Callable[[int], None] | None = None) -> None:
+    """Train `stage` to its end, going on from `folder/checkpoint.safetensors` if it is there.
+
+    Writes stats.jsonl (one line per LOG_EVERY steps) and, at the end, average.safetensors. `after(step)` is called
+    after every checkpoint, for previews."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.safetensors"
+    start, spent = restore(checkpoint, stage, average) if checkpoint.exists() else (0, 0.0)
+    began, saved, sums = time.monotonic() - spent, time.monotonic(), []
+    bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, disable=not sys.stderr.isatty())
+    for index in bar:
+        stats = stage.step(index, step_generator(seed, index))
+        average.update(stage.student)
+        sums.append(stats)
+        done = index + 1
+        if done % LOG_EVERY == 0 or done == stage.steps:
+            row = _log(folder / "stats.jsonl", done, time.monotonic() - began, sums)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "seconds")})
+            sums = []
+            if time.monotonic() - saved > SAVE_SECONDS or done == stage.steps:
+                save(checkpoint, stage, average, done, time.monotonic() - began)
+                saved = time.monotonic()
+                if after is not None:
+                    after(done)
+    write_tensors(folder / "average.safetensors", average.weights)
+
+
+def _log(path: Path, step: int, seconds: float, sums: list[Stats]) -> dict[str, float]:
+    keys = {key for stats in sums for key in stats}
+    mean = {key: sum(s[key] for s in sums if key in s) / sum(key in s for s in sums) for key in sorted(keys)}
+    row = {"step": step, "seconds": round(seconds, 1), **{key: round(value, 6) for key, value in mean.items()}}
+    with path.open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+    return row
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def save(path: Path, stage: Stage, average: Average, step: int, seconds: float) -> None:
+    """A checkpoint: networks, optimiser moments, average and progress in one safetensors file."""
+    tensors: dict[str, Tensor] = {f"average/{name}": value for name, value in average.weights.items()}
+    scalars: dict[str, dict[str, float]] = {}
+    for label, network in stage.networks.items():
+        tensors |= {f"network/{label}/{name}": value for name, value in network.state_dict().items()}
+    for label, optimiser in stage.optimisers.items():
+        for index, state in optimiser.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimiser/{label}/{index}/{name}"] = value
+                else:
+                    scalars.setdefault(f"{label}/{index}", {})[name] = value
+    progress = {"step": step, "seconds": seconds, "updates": average.updates, "scalars": scalars}
+    write_tensors(path, {k: v.clone() for k, v in tensors.items()}, {"progress": json.dumps(progress)})
+
+
+def restore(path: Path, stage: Stage, average: Average) -> tuple[int, float]:
+    """Load a checkpoint into the stage; returns (steps done, seconds spent)."""
+    with safe_open(path, "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    tensors = load_file(path)
+    average.weights = {name[len("average/") :]: value for name, value in tensors.items() if name.startswith("average/")}
+    average.updates = progress["updates"]
+    for label, network in stage.networks.items():
+        prefix = f"network/{label}/"
+        network.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
+    for label, optimiser in stage.optimisers.items():
+        state: dict[int, dict[str, object]] = {}
+        for name, value in tensors.items():
+            kind, *rest = name.split("/")
+            if kind == "optimiser" and rest[0] == label:
+                state.setdefault(int(rest[1]), {})[rest[2]] = value
+        for key, values in progress["scalars"].items():
+            owner, index = key.split("/")
+            if owner == label:
+                state.setdefault(int(index), {}).update(values)
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    return progress["step"], progress["seconds"]

@@ -1,0 +1,76 @@
+"""The trained network of every stage: the causal DiT and its text table, spoken to in sigma and caption rows.
+
+Shapes: x [B, n, C, h, w] latents, s [B, n] sigma in [0, 1], captions [B, 2, L] rows, caption [B, n] which caption rules a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cfrt import flow
+from cfrt.config import ModelConfig
+from cfrt.nn.dit import CausalDiT
+from cfrt.nn.text import TextTable
+from training import captions
+from training.data import Batch
+
+Velocity = Callable[[Tensor, Tensor, Batch], Tensor]  # (x, s, batch) -> v
+
+
+class Network(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dit = CausalDiT(config)
+        self.text = TextTable(config.text, captions.ROWS)
+
+    def text_kv(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values of caption rows [B, C, L], one pair a layer."""
+        return self.dit.text_kv(self.text(ids))
+
+    def bidirectional(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """v where every frame sees every frame."""
+        return self.dit(x, flow.TIME_SCALE * s, self.text_kv(batch.captions), batch.caption)
+
+    def teacher_forced(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """v of noisy units that see the clean past of the data (arXiv:2602.02214, section 3.2)."""
+        kv = self.text_kv(batch.captions)
+        return self.dit.teacher_forced(batch.latents, x, flow.TIME_SCALE * s, kv, batch.caption)
+
+
+def clone(network: Network, config: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Network:
+    """A copy with its own weights, optionally others'."""
+    copy = Network(config)
+    copy.load_state_dict(dict(weights) if weights is not None else network.state_dict())
+    return copy
+
+
+def load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Network:
+    network = Network(config)
+    network.load_state_dict({name: value.float() for name, value in weights.items()})
+    return network
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float) -> Tensor:
+    """v under classifier-free guidance: both branches in one doubled batch; scale 1 costs nothing extra."""
+    if scale == 1:
+        return velocity(x, s, batch)
+    null = batch.to_null()
+    both = Batch(
+        latents=torch.cat([batch.latents, null.latents]),
+        captions=torch.cat([batch.captions, null.captions]),
+        caption=torch.cat([batch.caption, null.caption]),
+    )
+    v_cond, v_null = velocity(torch.cat([x, x]), torch.cat([s, s]), both).chunk(2)
+    return flow.guide(v_cond, v_null, scale)
+
+
+def broadcast(s: Tensor) -> Tensor:
+    """[B, n] -> [B, n, 1, 1, 1], to meet latents."""
+    return s[:, :, None, None, None]

@@ -1,0 +1,37 @@
+"""Which optimiser moves which weight.
+
+From scratch: Muon on the matrices of the blocks (it holds 2e-3 untuned), AdamW on everything else. Distillation: AdamW."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def muon_and_adam(network: nn.Module, lr: float, weight_decay: float = 0.01) -> dict[str, torch.optim.Optimizer]:
+    matrices, rest = [], []
+    for name, parameter in network.named_parameters():
+        (matrices if ".blocks." in f".{name}" and parameter.dim() == 2 else rest).append(parameter)
+    return {
+        "muon": torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        "adam": torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay),
+    }
+
+
+def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=lr, betas=betas, weight_decay=0.01)
+
+
+def descend(
+    loss: torch.Tensor, network: nn.Module, optimisers: dict[str, torch.optim.Optimizer], lr: float, clip: float = 1.0
+) -> float:
+    """One update of `network` at learning rate `lr`; returns the gradient norm before clipping."""
+    for optimiser in optimisers.values():
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+    for optimiser in optimisers.values():
+        optimiser.step()
+    return norm.item()

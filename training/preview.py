@@ -1,0 +1,22 @@
+"""Contact sheets: clips as rows, time to the right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import torch
+from torch import Tensor
+
+from training.worlds import UNIT_FRAMES
+
+
+def sheet(video: Tensor, path: Path, every: int = UNIT_FRAMES) -> None:
+    """Write [B, T, 3, H, W] in [0, 1] as one PNG, a frame in `every`."""
+    rows = video[:, ::every].clamp(0, 1).mul(255).round().to(torch.uint8)
+    picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [B H, T W, 3]
+    frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = frame.width, frame.height, "rgb24", 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))

@@ -1,0 +1,52 @@
+"""Recipes: one function each, returning everything a run needs. The table of what reproduces what.
+
+| recipe | what | where |
+| --- | --- | --- |
+| tiny | the embedded student, 64x64, 2 steps, frame-wise | two CPU cores, hours: the card says how long |
+| smoke | the same chain, every stage for seconds; the result is noise | CI |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cfrt.config import PRESETS, ModelConfig, TextConfig
+from training import autoencoder, bidirectional, captions, cd, data, dmd, evaluate, teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    model: ModelConfig
+    seed: int = 1
+    data: data.Config = field(default_factory=data.Config)
+    autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
+    bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)
+    teacher: teacher.Config = field(default_factory=teacher.Config)
+    cd: cd.Config = field(default_factory=cd.Config)
+    dmd: dmd.Config = field(default_factory=dmd.Config)
+    evaluate: evaluate.Config = field(default_factory=evaluate.Config)
+
+
+def tiny() -> Recipe:
+    """The embedded student."""
+    table = PRESETS["tiny"]
+    vocabulary = TextConfig(
+        kind="table", width=table.text.width, length=captions.LENGTH, vocab=captions.VOCABULARY, ignored=captions.FILLERS
+    )
+    return Recipe(name="tiny", model=replace(table, text=vocabulary))
+
+
+def smoke() -> Recipe:
+    """Every stage of `tiny` for a few steps, to see that the chain holds."""
+    return replace(
+        tiny(),
+        name="smoke",
+        data=data.Config(clips=32),
+        autoencoder=autoencoder.Config(steps=30, batch=4),
+        bidirectional=bidirectional.Config(steps=10, batch=8),
+        teacher=teacher.Config(steps=8, batch=4),
+        cd=cd.Config(steps=6, batch=4),
+        dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
+        evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2),
+    )

@@ -1,0 +1,104 @@
+"""Self-rollout: the model plays a clip unit by unit through the runtime's own ring cache and `step`.
+
+The same loop serves the few-step student, the guided multi-step teacher and the rollout of DMD, which differ only in how one
+unit is denoised. What training sees is therefore what streaming does, to the letter.
+
+Shapes: B clips, n latent frames, F frames a unit; x [B, F, C, h, w]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cfrt import flow
+from cfrt.config import ModelConfig
+from cfrt.nn.ring import RingCache
+from training.network import Network
+
+TextKV = list[tuple[Tensor, Tensor]]
+
+
+class Player:
+    """A batch of streams in progress: one ring, the captions, and the velocity of the unit at hand."""
+
+    def __init__(self, network: Network, model: ModelConfig, captions: Tensor, caption: Tensor, *, guidance: float = 1.0) -> None:
+        """captions [B, C, L] rows, caption [B, n] which of them rules each frame. Guidance doubles the batch inside."""
+        self.dit, self.model, self.guidance = network.dit, model, guidance
+        self.clips = len(captions)
+        if guidance != 1:
+            captions, caption = torch.cat([captions, torch.zeros_like(captions)]), torch.cat([caption, caption])
+        self.caption, self.text = caption, network.text_kv(captions)
+        self.ring = RingCache(model, batch=len(captions))
+
+    def velocity(self, x: Tensor, s: float, unit: int, *, commit: bool = False) -> Tensor:
+        rows = torch.arange(len(self.caption))
+        ruling = self.caption[:, unit * self.model.unit]
+        text = [(k[rows, ruling][:, None], v[rows, ruling][:, None]) for k, v in self.text]
+        guided = self.guidance != 1
+        both = torch.cat([x, x]) if guided else x
+        v = self.dit.step(both, torch.full((len(both),), flow.TIME_SCALE * s), text, self.ring, unit, commit=commit)
+        return flow.guide(*v.chunk(2), self.guidance) if guided else v
+
+    @torch.no_grad()
+    def commit(self, x0: Tensor, unit: int) -> None:
+        """The clean pass that writes the unit's keys and values for its successors."""
+        self.velocity(x0.detach(), 0.0, unit, commit=True)
+
+
+Denoiser = Callable[[Player, Tensor, int], Tensor]  # (player, noise, unit) -> x0
+
+
+def play(player: Player, units: int, denoise: Denoiser, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
+    """Latents [B, n, C, h, w] of `units` units; the first ones are `prefix` [B, p, C, h, w] where given."""
+    frames, model = player.model.unit, player.model
+    shape = (player.clips, frames, model.latent_channels, *model.latent_grid)
+    given = 0 if prefix is None else prefix.shape[1] // frames
+    clip: list[Tensor] = []
+    for unit in range(units):
+        if prefix is not None and unit < given:
+            x0 = prefix[:, unit * frames : (unit + 1) * frames]
+        else:
+            x0 = denoise(player, torch.randn(shape, generator=generator), unit)
+        clip.append(x0)
+        if unit + 1 < units:
+            player.commit(x0, unit)
+    return torch.cat(clip, 1)
+
+
+def levels(model: ModelConfig, unit: int) -> tuple[float, ...]:
+    """The student's noise levels sigma for a unit: its own list for the first one where the model has it."""
+    return flow.sigmas(model.unit_steps(unit), model.shift)
+
+
+def few_step(model: ModelConfig, generator: torch.Generator, exits: Sequence[int] | None = None) -> Denoiser:
+    """The student's sampler: jump to x0, put new noise on it, go on (consistency sampling).
+
+    `exits` = (step at which the first unit stops, step at which every other one does) makes it DMD's random-exit rollout:
+    only the last pass of a unit carries a gradient (Self Forcing, arXiv:2506.08009, section 3.3)."""
+
+    def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
+        ladder = levels(model, unit)
+        last = len(ladder) - 1 if exits is None else exits[0 if unit == 0 else 1]
+        differentiable = torch.is_grad_enabled()
+        for index in range(last + 1):
+            with torch.set_grad_enabled(differentiable and index == last):
+                x0 = flow.x0_from_v(x, player.velocity(x, ladder[index], unit), ladder[index])
+            if index < last:
+                x = flow.renoise(x0, torch.randn(x0.shape, generator=generator), ladder[index + 1])
+        return x0
+
+    return denoise
+
+
+def euler(model: ModelConfig, steps: int) -> Denoiser:
+    """The teacher's sampler: the probability-flow ODE by Euler steps, guided by the player."""
+    grid = flow.euler_grid(steps, model.shift)
+
+    def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
+        for s, s_next in zip(grid[:-1], grid[1:], strict=True):
+            x = flow.euler(x, player.velocity(x, s, unit), s, s_next)
+        return x
+
+    return denoise

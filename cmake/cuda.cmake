@@ -58,7 +58,7 @@ if(NOT CFRT_CUDA STREQUAL "OFF")
     enable_language(CUDA)
     cfrt_cuda_architectures()
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD 17)  # CMake 3.25 (Debian 12) does not know that nvcc 13 speaks C++20
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
     set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     set(CFRT_CUDA_FOUND ON)

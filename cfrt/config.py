@@ -217,6 +217,10 @@ class ModelConfig:
         every = self.unit * self.autoencoder.temporal
         return every if unit > 0 else every - self.autoencoder.temporal + 1
 
+    def first_frame(self, unit: int) -> int:
+        """Index of a unit's first pixel frame, counted from the start of the stream."""
+        return 0 if unit <= 0 else self.unit_frames(0) + (unit - 1) * self.unit_frames(1)
+
     def unit_steps(self, unit: int) -> tuple[float, ...]:
         """The step list (u, before the warp) of a unit."""
         return self.first_steps if unit == 0 and self.first_steps is not None else self.steps

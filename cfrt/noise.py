@@ -1,8 +1,8 @@
 """Noise that is the same on every machine: Philox4x32-10 counters (Salmon et al., SC 2011) and Box-Muller.
 
-A number depends on where it is used and on nothing else: key = seed, counter = (element / 4, unit, step, purpose). There
-is no state to carry, so any unit can be made again, out of order, and every engine can make its own. Integer bits are
-equal everywhere; normals to 2 ulp. numpy only.
+A number depends on where it is used and on nothing else: key = seed, counter = (element / 4, unit, step, purpose).
+There is no state to carry, so any unit can be made again, out of order, and every engine can make its own. Integer bits
+are equal everywhere; normals to 2 ulp. numpy only.
 """
 
 from collections.abc import Sequence

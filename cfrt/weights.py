@@ -9,9 +9,11 @@ numpy throughout; torch is imported only to read `.pt` checkpoints.
 
 import json
 import os
+import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from .config import ModelConfig
-from .errors import ConfigError, WeightsError
+from .errors import WeightsError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
@@ -58,7 +60,7 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
     config = ModelConfig.load(folder / CONFIG_FILE)
     tensors, metadata = _read_safetensors(folder / WEIGHTS_FILE)
     if "config" in metadata:
-        _check_same(config.to_dict(), json.loads(metadata["config"]), folder)
+        _check_same(config, metadata["config"], folder)
     return config, tensors
 
 
@@ -130,10 +132,105 @@ def _loaded(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
 
 
-def _check_same(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
-    names = [name for name in config.keys() | saved.keys() if config.get(name) != saved.get(name)]
+def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:
+    try:
+        saved = ModelConfig.from_dict(json.loads(metadata))
+    except ValueError as error:
+        raise WeightsError(f"{folder / WEIGHTS_FILE} was saved by another version of cfrt ({error})") from error
+    names = [f.name for f in fields(ModelConfig) if getattr(config, f.name) != getattr(saved, f.name)]
     if names:
         raise WeightsError(
             f"{folder / CONFIG_FILE} is not the config of its weights: {', '.join(sorted(names))} differ. "
             "Restore it, or write a new model with save_model"
         )
+
+
+# ---------------------------------------------------------------------- other people's names
+
+BRANCHES = ("generator_ema", "generator", "model")
+"""Top-level keys of the official checkpoints, in order of preference; their README says which one a file is read by."""
+
+WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_OUTER = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION.items()},
+}
+
+
+def to_diffusers(name: str) -> str:
+    """The name of a Wan tensor in diffusers' WanTransformer3DModel. Its norm2 is Wan's norm3."""
+    return _renamed(name, _OUTER, _BLOCK)
+
+
+def from_diffusers(name: str) -> str:
+    """The Wan name of a tensor of diffusers' WanTransformer3DModel."""
+    return _renamed(name, {b: a for a, b in _OUTER.items()}, {b: a for a, b in _BLOCK.items()})
+
+
+def from_wrapper(name: str) -> str:
+    """A name without what FSDP, activation checkpointing, torch.compile and the official wrapper put before it."""
+    return WRAPPERS.sub("", name).removeprefix("model.")
+
+
+def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> str:
+    place, stem, kind = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
+    table = block if place else outer
+    if stem not in table:
+        raise WeightsError(f"expected a tensor of a Wan video transformer, got one called {name!r}")
+    return f"{place or ''}{table[stem]}{kind or ''}"
+
+
+def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
+    """A foreign DiT checkpoint, `.pt` or `.safetensors`, official or diffusers, as fp32 under Wan's names.
+
+    branch: which of an official file's dicts to read (default: the first of BRANCHES that it has). Needs torch.
+    WeightsError when the file is missing, damaged, or holds no such thing. Only tensors are unpickled, never code.
+    """
+    state = {from_wrapper(name): tensor for name, tensor in _branch(_read_torch(Path(path)), branch, path).items()}
+    if any(name.startswith("condition_embedder.") for name in state):
+        state = {from_diffusers(name): tensor for name, tensor in state.items()}
+    return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, Any]:
+    present = [name for name in BRANCHES if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
+    wanted = branch or (present[0] if present else None)
+    if wanted is not None and wanted not in present:
+        raise WeightsError(f"expected {wanted!r} in {path}, which has {', '.join(present) or 'no such branch'}")
+    state = content if wanted is None else content[wanted]
+    if not isinstance(state, Mapping) or not state or not all(hasattr(tensor, "numpy") for tensor in state.values()):
+        raise WeightsError(f"expected named tensors in {path}, or one of the dicts {', '.join(BRANCHES)}")
+    return state
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        import torch
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise WeightsError("reading foreign checkpoints needs PyTorch: pip install 'cfrt[torch]'") from error
+    if not path.is_file():
+        raise WeightsError(f"expected a checkpoint at {path}, found no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise WeightsError(f"{path} is truncated, damaged or no checkpoint ({first_line}); fetch it again") from error

@@ -168,6 +168,8 @@ class ModelConfig:
         Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
         _require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
         _require(self.sinks <= self.trained_frames, f"sinks <= trained_frames = {self.trained_frames}", self.sinks)
+        whole = self.trained_frames % self.unit == 0  # so that no unit is both beyond the clip and, in part, a sink
+        _require(whole, f"trained_frames to be a multiple of the unit {self.unit}", self.trained_frames)
         for name in ("steps", "first_steps") if self.first_steps is not None else ("steps",):
             steps = _tuple(self, name, float)
             falling = all(a > b > 0 for a, b in pairwise(steps))
@@ -329,7 +331,9 @@ def _tiny() -> ModelConfig:
         latent_channels=16,
         latent_grid=(4, 4),
         text=TextConfig(kind="table", width=64, length=8),
-        autoencoder=AutoencoderConfig(kind="tiny", latent_channels=16, spatial=16),
+        autoencoder=AutoencoderConfig(
+            kind="tiny", latent_channels=16, spatial=16, widths=(48, 96, 160, 176, 128, 64)
+        ),
         unit=1,
         window=8,
         trained_frames=10,

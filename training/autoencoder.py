@@ -22,7 +22,7 @@ STATISTICS = 0.02  # update rate of the running mean and deviation
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 4500
+    steps: int = 3200
     batch: int = 16  # clips of UNITS latent frames
     lr: float = 2e-3
     ema: float = 0.995

@@ -24,7 +24,7 @@ SHARD = 1000  # clips
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    clips: int = 24_000
+    clips: int = 20_000
     units: int = 10  # latent frames of a clip
     switched: float = 0.25  # share of clips whose caption changes
     omitted: float = 0.08  # chance that a caption leaves a factor out

@@ -135,7 +135,7 @@ def restore(path: Path, stage: Stage, average: Average) -> tuple[int, float]:
     with safe_open(path, "pt") as file:
         progress = json.loads(file.metadata()["progress"])
     tensors = load_file(path)
-    average.weights = {name[len("average/") :]: value for name, value in tensors.items() if name.startswith("average/")}
+    average.weights = {name: tensors[f"average/{name}"] for name in average.weights}  # the file sorts names, updates go by order
     average.updates = progress["updates"]
     for label, network in stage.networks.items():
         prefix = f"network/{label}/"

@@ -8,6 +8,7 @@ Shapes: B clips, T frames; a clip must hold one scene (cut a clip at its switch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ VALID_IOU = 0.7  # design: a frame shows a valid object when its outline overlap
 START_FRAMES = 5  # the first two units: where the direction of a start is read
 _OUTLIER = 0.12  # colour distance past which a pixel is not background
 _COARSE, _FINE = 4, 2  # every which pixel picks the background, and fits its waves
+_CHUNK = 24  # frames read together: what stays in the cache
 _FAINT = 0.3  # coverage below this does not count towards the centre of mass
 
 
@@ -33,15 +35,20 @@ class Reading:
     residual: Tensor  # [B, T] mean squared error to the re-drawn frame
     step: Tensor  # [B, T - 1] pixels moved
 
+    @staticmethod
+    def cat(parts: Sequence[Reading]) -> Reading:
+        """Clips of several readings, in order."""
+        return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__})
+
     @property
     def valid(self) -> Tensor:
         return self.overlap > VALID_IOU
 
 
-def read(video: Tensor, chunk: int = 1) -> Reading:
+def read(video: Tensor) -> Reading:
     """Read [B, T, 3, SIDE, SIDE] float in [0, 1]. A single frame shows neither direction nor speed: both read 0."""
-    parts = [_read(video[first : first + chunk].clamp(0, 1).float()) for first in range(0, len(video), chunk)]
-    return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__})
+    chunk = max(1, _CHUNK // video.shape[1])
+    return Reading.cat([_read(video[first : first + chunk].clamp(0, 1).float()) for first in range(0, len(video), chunk)])
 
 
 def _read(video: Tensor) -> Reading:

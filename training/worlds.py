@@ -160,6 +160,9 @@ class Scene:
     def __len__(self) -> int:
         return len(self.before)
 
+    def __getitem__(self, clips: slice | Tensor) -> Scene:
+        return Scene(**{name: getattr(self, name)[clips] for name in Scene.__dataclass_fields__})
+
     @property
     def frames(self) -> int:
         return self.position.shape[1]

@@ -1,0 +1,311 @@
+"""The measuring: how well a model does what prompts ask, beside real clips, their reconstructions and the teacher.
+
+Four tasks on held-out scenes, each read by the exact reader and reduced by `training.metrics`:
+
+| task | clips | numbers |
+| --- | --- | --- |
+| start | one prompt, the length of a training clip | instruction following, dynamic, validity, residual, turns, distance |
+| switch | a second prompt at a unit boundary | seen within a second, frames until the change, new direction |
+| futures | several continuations of one real past | diversity |
+| long | ten seconds | the same by two-second stretches (drift) |
+
+    python -m training.evaluate --student cfrt/students/tiny          a shipped student, pixel by pixel through `cfrt.Stream`
+    python -m training.evaluate --run runs/tiny --stages teacher dmd  the stages of a run
+
+Everything is a function of the weights and `Config.seed`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from cfrt import students
+from cfrt.config import ModelConfig, TextConfig
+from cfrt.errors import CfrtError
+from cfrt.nn.autoencoder import Autoencoder
+from training import metrics, preview, sources, worlds
+from training.metrics import Estimate
+from training.reader import Reading, read
+from training.sources import Sampler, Source, Task, Tokenizer
+
+STRETCH = 2 * worlds.FPS  # frames of one line of the drift table
+EXAMPLES = 6  # clips of each task that go on the contact sheet
+TRUE_FUTURES = 256  # simulated for each past
+
+Row = dict[str, Any]  # nested dicts and lists of Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    prompts: int = 512
+    switches: int = 256
+    pasts: int = 48
+    futures: int = 12
+    long: int = 24
+    """Clips of ten seconds."""
+    units: int = 10
+    """Latent frames of a start."""
+    switch_unit: int = 6
+    switch_units: int = 12
+    past_units: int = 3
+    future_units: int = 5
+    long_units: int = 41
+    batch: int = 32
+    """Clips played together; part of what the noise depends on."""
+    seed: int = 20_000
+
+    def tasks(self, text: TextConfig) -> dict[str, Task]:
+        """The four tasks, the same for every source."""
+        tokenizer, seed = Tokenizer(text), self.seed
+        past, future = self.past_units, self.past_units + self.future_units
+        return {
+            "start": sources.start_task(tokenizer, self.prompts, self.units, seed),
+            "switch": sources.switch_task(tokenizer, self.switches, self.switch_units, self.switch_unit, seed + 1),
+            "futures": sources.future_task(tokenizer, self.pasts, self.futures, past, future, seed + 2),
+            "long": sources.start_task(tokenizer, self.long, self.long_units, seed + 3),
+        }
+
+
+def evaluate(
+    samplers: Mapping[str, Sampler], autoencoder: Autoencoder, text: TextConfig, config: Config, folder: Path | None = None
+) -> dict[str, Row]:
+    """One row of numbers for real clips, one for their reconstructions, one for each sampler; contact sheets into `folder`."""
+    rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
+    rows |= {name: sources.generated(autoencoder, sampler) for name, sampler in samplers.items()}
+    return measure(rows, config.tasks(text), config, folder)
+
+
+@torch.no_grad()
+def measure(
+    rows: Mapping[str, Source], tasks: Mapping[str, Task], config: Config, folder: Path | None = None
+) -> dict[str, Row]:
+    """The numbers of every source on the given tasks, by the name of the source."""
+    batches = [(name, task, first) for task in tasks for name in rows for first in range(0, len(tasks[task]), config.batch)]
+    seen: dict[tuple[str, str], list[Look]] = {}
+    shown: dict[tuple[str, str], Tensor] = {}
+    for name, task, first in tqdm(batches, desc="evaluate", unit="batch", disable=None):
+        video = _played(rows[name], tasks[task], first, config, list(tasks).index(task))
+        seen.setdefault((task, name), []).append(MEASURES[task].look(video, tasks[task]))
+        shown.setdefault((task, name), video[:EXAMPLES].clone())
+    if folder is not None:
+        _draw(shown, folder)
+    return {
+        name: {
+            key: value
+            for task in tasks
+            for key, value in MEASURES[task].numbers(_whole(seen[task, name]), tasks[task], config).items()
+        }
+        for name in rows
+    }
+
+
+def _played(source: Source, task: Task, first: int, config: Config, salt: int) -> Tensor:
+    """One batch of a task; its noise depends on the task and its place in it alone, so sources share it."""
+    generator = Generator().manual_seed((config.seed + salt) * 1_000_003 + first)
+    return source(task[first : first + config.batch], generator)
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+Look = dict[str, Reading]
+
+
+def _whole(looks: Sequence[Look]) -> Look:
+    """The readings of all batches, in order."""
+    return {name: Reading.cat([look[name] for look in looks]) for name in looks[0]}
+
+
+def _see_start(video: Tensor, task: Task) -> Look:
+    return {"clip": read(video)}
+
+
+def _start(look: Look, task: Task, config: Config) -> Row:
+    clip, wanted = look["clip"], task.wanted[:, 0]
+    real = metrics.features(sources.play(task, Generator().manual_seed(config.seed)).position, wanted)
+    return {
+        **metrics.instruction(clip, wanted),
+        **metrics.quality(clip, wanted),
+        "turns": metrics.turn_rate(clip),
+        "distance": metrics.distance(metrics.features(clip.position, clip.factors), real),
+    }
+
+
+def _see_switch(video: Tensor, task: Task) -> Look:
+    """Before the switch; while the object takes its new direction; once it must be visible; and frame by frame."""
+    at = int(worlds.first_frame(task.switch))
+    after = video[:, at : at + metrics.SETTLED.stop]
+    return {
+        "before": read(video[:, at - worlds.UNIT_FRAMES : at]),
+        "run": read(after[:, metrics.RUN]),
+        "settled": read(after[:, metrics.SETTLED]),
+        "frames": read(after.flatten(0, 1)[:, None]),
+    }
+
+
+def _switch(look: Look, task: Task, config: Config) -> Row:
+    wanted, frames = task.wanted, metrics.SETTLED.stop
+    each = wanted.repeat_interleave(frames, 0)
+    curve = metrics.shows_switch(look["frames"].factors, each).view(-1, frames)
+    outline = metrics.shows_switch(look["frames"].factors, each, (worlds.COLOUR, worlds.SHAPE)).view(-1, frames)
+    return {
+        "switch": metrics.share(metrics.shows_switch(look["settled"].factors, wanted)),
+        "switch_direction": metrics.new_direction(look["before"].position[:, -1], look["run"].position, wanted),
+        "switch_frames": metrics.median(metrics.first_shown(outline)),
+        "switch_curve": [metrics.share(column) for column in curve.T],
+    }
+
+
+def _see_futures(video: Tensor, task: Task) -> Look:
+    return {"end": read(video[:, -worlds.UNIT_FRAMES :])}
+
+
+def _futures(look: Look, task: Task, config: Config) -> Row:
+    """Diversity of the last position, and the share of futures that end with a valid object."""
+    assert task.past is not None
+    past = task.past[slice(None, None, config.futures)]
+    rows = past[_repeated(len(past), TRUE_FUTURES)]
+    truth = sources.go_on(rows, task.frames - past.frames, Generator().manual_seed(config.seed)).position[:, -1]
+    position, valid = look["end"].position[:, -1], look["end"].valid[:, -1]
+    valid = valid.view(-1, config.futures)
+    spread = metrics.diversity(position.view(*valid.shape, 2), valid, truth.view(-1, TRUE_FUTURES, 2))
+    return {"diversity": spread, "diversity_valid": metrics.mean(valid.double().mean(1))}
+
+
+def _see_long(video: Tensor, task: Task) -> Look:
+    return {str(first): read(video[:, first : first + STRETCH]) for first in range(0, task.frames - STRETCH + 1, STRETCH)}
+
+
+def _long(look: Look, task: Task, config: Config) -> Row:
+    wanted = task.wanted[:, 0]
+    return {"drift": [_stretch(reading, wanted) for reading in look.values()]}
+
+
+def _stretch(reading: Reading, wanted: Tensor) -> dict[str, Estimate]:
+    right = metrics.instruction(reading, wanted)
+    return metrics.quality(reading, wanted) | {name: right[name] for name in ("size", "colour", "shape", "background")}
+
+
+def _repeated(count: int, times: int) -> Tensor:
+    return torch.arange(count).repeat_interleave(times)
+
+
+class Measure(NamedTuple):
+    look: Callable[[Tensor, Task], Look]
+    numbers: Callable[[Look, Task, Config], Row]
+
+
+MEASURES = {
+    "start": Measure(_see_start, _start),
+    "switch": Measure(_see_switch, _switch),
+    "futures": Measure(_see_futures, _futures),
+    "long": Measure(_see_long, _long),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def _draw(shown: Mapping[tuple[str, str], Tensor], folder: Path) -> None:
+    """One contact sheet a task: for each example one line per source, in the order of the rows."""
+    for task in dict.fromkeys(task for task, _ in shown):
+        lines = torch.stack([clips for (of, _), clips in shown.items() if of == task], 1).flatten(0, 1)
+        every = worlds.FPS // 2 if task == "long" else worlds.UNIT_FRAMES
+        preview.sheet(lines, folder / f"{task}.png", every)
+
+
+def plain(value: Any) -> Any:
+    """Rows as JSON: estimates as {value, low, high, n}, what is not a number as null."""
+    if isinstance(value, Estimate):
+        return {key: None if math.isnan(number) else round(number, 5) for key, number in asdict(value).items()}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Measure a student, beside real clips. Give --student (through the runtime) or --run (through the training code)."""
+
+    student: Path | None = None
+    """Folder of a shipped student, or its name."""
+    engine: str = "auto"
+    """Engine of the runtime."""
+    run: Path | None = None
+    """Folder of a training run, e.g. runs/tiny."""
+    stages: tuple[Literal["bidirectional", "teacher", "cd", "dmd"], ...] = ("teacher", "dmd")
+    """Stages of the run to measure."""
+    tasks: tuple[Literal["start", "switch", "futures", "long"], ...] = ("start", "switch", "long")
+    """What to measure; `futures` only of a run."""
+    prompts: int = 64
+    """Clips of `start`; the other tasks shrink in proportion."""
+    out: Path | None = None
+    """Folder for rows.json and the contact sheets."""
+    threads: int | None = None
+    """Threads of torch; default: all cores."""
+
+    @property
+    def config(self) -> Config:
+        full, share = Config(), self.prompts / Config.prompts
+        part = {name: max(2, round(share * getattr(full, name))) for name in ("switches", "pasts", "long")}
+        return replace(full, prompts=self.prompts, **part)
+
+
+def shipped(folder: Path, engine: str) -> tuple[dict[str, Source], TextConfig]:
+    """Rows for a student behind `cfrt.Stream`, with the text configuration it ships."""
+    config = ModelConfig.load(students.find(folder) / students.CONFIG)
+    return {"real": sources.real, config.name: sources.streamed(folder, engine)}, config.text
+
+
+def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextConfig]:
+    """Rows for stages of a run, real clips and reconstructions first."""
+    from training import chain, recipes  # they import this file
+
+    recipe = recipes.tiny()
+    autoencoder, model = chain.trained_autoencoder(recipe, run), recipe.model
+    makers = {"bidirectional": sources.whole, "teacher": sources.teacher, "cd": sources.student, "dmd": sources.student}
+    rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
+    for stage in stages:
+        network = chain.trained_network(recipe, run, stage).eval().requires_grad_(False)
+        rows[stage] = sources.generated(autoencoder, makers[stage](network, model))
+    return rows, model.text
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m training.evaluate")
+    if (arguments.student is None) == (arguments.run is None):
+        raise SystemExit("training.evaluate: expected --student FOLDER or --run FOLDER, one of the two")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    from training import card  # imports this file
+
+    try:
+        if arguments.student is not None:
+            rows, text = shipped(arguments.student, arguments.engine)
+        else:
+            rows, text = trained(arguments.run, arguments.stages)
+        tasks = {name: task for name, task in arguments.config.tasks(text).items() if name in arguments.tasks}
+        measured = measure(rows, tasks, arguments.config, arguments.out)
+    except CfrtError as error:
+        raise SystemExit(f"training.evaluate: {error}") from None
+    numbers = plain(measured)
+    if arguments.out is not None:
+        (arguments.out / "rows.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(card.tables(numbers))
+
+
+if __name__ == "__main__":
+    main()

@@ -271,9 +271,7 @@ def _decode(cls: type[T], data: Any, where: str) -> T:
     unknown = sorted(set(data) - set(known))
     missing = sorted(name for name, required in known.items() if required and name not in data)
     if unknown or missing:
-        raise ConfigError(
-            f"{where} does not fit this version of cfrt: unknown keys {unknown}, missing keys {missing}"
-        )
+        raise ConfigError(f"{where} does not fit this version of cfrt: unknown keys {unknown}, missing keys {missing}")
     values = dict(data)
     for name in _NESTED.keys() & data.keys():
         values[name] = _decode(_NESTED[name], data[name], f"{name} in {where}")
@@ -331,9 +329,7 @@ def _tiny() -> ModelConfig:
         latent_channels=16,
         latent_grid=(4, 4),
         text=TextConfig(kind="table", width=64, length=8),
-        autoencoder=AutoencoderConfig(
-            kind="tiny", latent_channels=16, spatial=16, widths=(48, 96, 160, 176, 128, 64)
-        ),
+        autoencoder=AutoencoderConfig(kind="tiny", latent_channels=16, spatial=16, widths=(48, 96, 160, 176, 128, 64)),
         unit=1,
         window=8,
         trained_frames=10,

@@ -26,12 +26,12 @@ TIME_SCALE = 1000.0
 
 def warp(u: Array, shift: float) -> Array:
     """s = k u / (1 + (k-1) u): spends more steps near noise as `shift` k grows (SD3, arXiv:2403.03206, eq. 23)."""
-    return shift * u / (1 + (shift - 1) * u)
+    return shift * u / (shift * u + (1 - u))  # this way round u = 1 gives 1 exactly
 
 
 def unwarp(s: Array, shift: float) -> Array:
     """u with warp(u) = s."""
-    return s / (shift - (shift - 1) * s)
+    return s / (s + shift * (1 - s))
 
 
 def sigmas(us: Iterable[float], shift: float) -> tuple[float, ...]:

@@ -4,13 +4,13 @@ Four tasks on held-out scenes, each read by the exact reader and reduced by `tra
 
 | task | clips | numbers |
 | --- | --- | --- |
-| start | one prompt, the length of a training clip | instruction following, dynamic, validity, residual, turns, distance |
+| start | one prompt, as long as a training clip | instruction following, dynamic, validity, residual, turns, distance |
 | switch | a second prompt at a unit boundary | seen within a second, frames until the change, new direction |
 | futures | several continuations of one real past | diversity |
 | long | ten seconds | the same by two-second stretches (drift) |
 
-    python -m training.evaluate --student cfrt/students/tiny          a shipped student, pixel by pixel through `cfrt.Stream`
-    python -m training.evaluate --run runs/tiny --stages teacher dmd  the stages of a run
+    python -m training.evaluate --student cfrt/students/tiny            what ships, pixel by pixel through `cfrt.Stream`
+    python -m training.evaluate --run runs/tiny --stages teacher dmd    the stages of a run
 
 Everything is a function of the weights and `Config.seed`."""
 
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from cfrt import students
 from cfrt.config import ModelConfig, TextConfig
-from cfrt.errors import CfrtError
+from cfrt.errors import CfrtError, ConfigError
 from cfrt.nn.autoencoder import Autoencoder
 from training import metrics, preview, sources, worlds
 from training.metrics import Estimate
@@ -76,9 +76,13 @@ class Config:
 
 
 def evaluate(
-    samplers: Mapping[str, Sampler], autoencoder: Autoencoder, text: TextConfig, config: Config, folder: Path | None = None
+    samplers: Mapping[str, Sampler],
+    autoencoder: Autoencoder,
+    text: TextConfig,
+    config: Config,
+    folder: Path | None = None,
 ) -> dict[str, Row]:
-    """One row of numbers for real clips, one for their reconstructions, one for each sampler; contact sheets into `folder`."""
+    """One row of numbers for real clips, one for their reconstructions, one for each sampler. Sheets go to `folder`."""
     rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
     rows |= {name: sources.generated(autoencoder, sampler) for name, sampler in samplers.items()}
     return measure(rows, config.tasks(text), config, folder)
@@ -89,7 +93,9 @@ def measure(
     rows: Mapping[str, Source], tasks: Mapping[str, Task], config: Config, folder: Path | None = None
 ) -> dict[str, Row]:
     """The numbers of every source on the given tasks, by the name of the source."""
-    batches = [(name, task, first) for task in tasks for name in rows for first in range(0, len(tasks[task]), config.batch)]
+    batches = [
+        (name, task, first) for task in tasks for name in rows for first in range(0, len(tasks[task]), config.batch)
+    ]
     seen: dict[tuple[str, str], list[Look]] = {}
     shown: dict[tuple[str, str], Tensor] = {}
     for name, task, first in tqdm(batches, desc="evaluate", unit="batch", disable=None):
@@ -181,7 +187,9 @@ def _futures(look: Look, task: Task, config: Config) -> Row:
 
 
 def _see_long(video: Tensor, task: Task) -> Look:
-    return {str(first): read(video[:, first : first + STRETCH]) for first in range(0, task.frames - STRETCH + 1, STRETCH)}
+    return {
+        str(first): read(video[:, first : first + STRETCH]) for first in range(0, task.frames - STRETCH + 1, STRETCH)
+    }
 
 
 def _long(look: Look, task: Task, config: Config) -> Row:
@@ -238,7 +246,7 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Measure a student, beside real clips. Give --student (through the runtime) or --run (through the training code)."""
+    """Measure a student beside real clips: --student through the runtime, --run through the training code."""
 
     student: Path | None = None
     """Folder of a shipped student, or its name."""
@@ -286,8 +294,6 @@ def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextCo
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m training.evaluate")
-    if (arguments.student is None) == (arguments.run is None):
-        raise SystemExit("training.evaluate: expected --student FOLDER or --run FOLDER, one of the two")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from training import card  # imports this file
@@ -295,9 +301,12 @@ def main() -> None:
     try:
         if arguments.student is not None:
             rows, text = shipped(arguments.student, arguments.engine)
-        else:
+        elif arguments.run is not None:
             rows, text = trained(arguments.run, arguments.stages)
-        tasks = {name: task for name, task in arguments.config.tasks(text).items() if name in arguments.tasks}
+        else:
+            raise ConfigError("expected --student FOLDER or --run FOLDER; see --help")
+        every = arguments.config.tasks(text)
+        tasks = {name: every[name] for name in every if name in arguments.tasks}
         measured = measure(rows, tasks, arguments.config, arguments.out)
     except CfrtError as error:
         raise SystemExit(f"training.evaluate: {error}") from None

@@ -20,8 +20,16 @@ from training.worlds import BACKGROUND, COLOUR, DIRECTION, FACTORS, FPS, HEADING
 
 RESAMPLES = 1000
 Z = 1.959964  # two-sided 95 %
-AMPLE_SPEED, AMPLE_TIME = 0.5, 0.8  # a dynamic clip moves at this share of the prompted speed in this share of its frames
-SWITCH_FACTORS = (SIZE, COLOUR, SHAPE, BACKGROUND)  # what one frame after a switch shows; direction and speed need a run
+AMPLE_SPEED, AMPLE_TIME = (
+    0.5,
+    0.8,
+)  # a dynamic clip moves at this share of the prompted speed in this share of its frames
+SWITCH_FACTORS = (
+    SIZE,
+    COLOUR,
+    SHAPE,
+    BACKGROUND,
+)  # what one frame after a switch shows; direction and speed need a run
 ROOM = 16  # frames ahead that must be free of walls for a new direction to be read
 SETTLED = slice(16, 24)  # frames after a switch on which it must be visible: within one second
 RUN = slice(7, 16)  # frames after a switch on which the new direction is read: the motion of its third and fourth unit
@@ -59,7 +67,9 @@ def bootstrap(n: int, statistic: Callable[[Tensor], Tensor]) -> Estimate:
     if n == 0:
         return NOTHING
     picks = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(n))
-    weights = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones(RESAMPLES, n, dtype=torch.float64))
+    weights = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(
+        1, picks, torch.ones(RESAMPLES, n, dtype=torch.float64)
+    )
     low, high = statistic(weights).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(statistic(torch.ones(1, n, dtype=torch.float64)).item(), low, high, n)
 
@@ -79,7 +89,9 @@ def ratio(above: Tensor, below: Tensor) -> Estimate:
 def median(values: Tensor) -> Estimate:
     """Median of [n]."""
     ordered, order = values.double().sort()
-    return bootstrap(len(values), lambda weights: ordered[(weights[:, order].cumsum(1) >= len(values) / 2).float().argmax(1)])
+    return bootstrap(
+        len(values), lambda weights: ordered[(weights[:, order].cumsum(1) >= len(values) / 2).float().argmax(1)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- one clip
@@ -122,19 +134,22 @@ def turn_rate(reading: Reading) -> Estimate:
 
 
 def features(position: Tensor, factors: Tensor) -> Tensor:
-    """[B, 26] of positions [B, T, 2] and factors [B, 6]: where a clip starts, how far and how long it travels, its turns,
-    and what it shows (one-hot)."""
+    """[B, 26] of positions [B, T, 2] and factors [B, 6]: where a clip starts, how far and how long it travels, its
+    turns, and what it shows (one-hot)."""
     start, end = position[:, 0], position[:, -1]
     path = (position[:, 1:] - position[:, :-1]).norm(dim=-1).sum(1)
     motion = [start, end - start, path[:, None], turns(position)[:, None]]
-    shown = [torch.nn.functional.one_hot(column, len(values)) for column, values in zip(factors.T, FACTORS.values(), strict=True)]
+    shown = [
+        torch.nn.functional.one_hot(column, len(values))
+        for column, values in zip(factors.T, FACTORS.values(), strict=True)
+    ]
     return torch.cat([part.double() for part in (*motion, *shown)], 1)
 
 
 def distance(clips: Tensor, real: Tensor) -> Estimate:
-    """Squared energy distance, 2 E|x - y| - E|x - x'| - E|y - y'|, of features [B, k] to those of real clips of the same prompts.
+    """Squared energy distance, 2 E|x - y| - E|x - x'| - E|y - y'|, of features [B, k] to those of real clips.
 
-    Features are scaled by their deviation in real clips. Pairs of one prompt are left out, so that two sets of real
+    Both answer the same prompts in the same order. Features are scaled by their deviation in real clips. Pairs of one prompt are left out, so that two sets of real
     clips are 0 apart on average; a value means something beside theirs (Szekely & Rizzo, 2013)."""
     scale = real.std(0).clamp(min=1e-3)
     x, y = clips / scale, real / scale
@@ -157,9 +172,9 @@ def spread(position: Tensor, valid: Tensor) -> Tensor:
 
 
 def diversity(position: Tensor, valid: Tensor, truth: Tensor) -> Estimate:
-    """Variance of the last position over futures of one past, against the true one: positions [P, N, 2], truth [P, M, 2].
+    """Variance of the last position over futures of one past, against the true one.
 
-    1 is right, 0 a collapse. Futures without a valid object don't count: broken frames scatter too."""
+    position [P, N, 2], valid [P, N], truth [P, M, 2]. 1 is right, 0 a collapse. Futures without a valid object don't count: broken frames scatter too."""
     return ratio(spread(position, valid), spread(truth, torch.ones(truth.shape[:2], dtype=torch.bool)))
 
 
@@ -187,8 +202,9 @@ def has_room(position: Tensor, wanted: Tensor) -> Tensor:
 
 
 def new_direction(before: Tensor, run: Tensor, wanted: Tensor) -> Estimate:
-    """Share whose motion takes the new direction, where it changed and there was room: before [B, 2] is the last position
-    under the old prompt, run [B, t, 2] the positions of RUN."""
+    """Share whose motion takes the new direction, where it changed and there was room.
+
+    before [B, 2] is the last position under the old prompt, run [B, t, 2] the positions of RUN."""
     asked = changed(wanted)[:, DIRECTION] & has_room(before, wanted)
     return share((read_direction(run) == wanted[:, 1, DIRECTION])[asked])
 

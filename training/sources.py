@@ -28,7 +28,7 @@ from training.network import Network
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What B clips of n latent frames are asked to show: the first scene up to latent frame `switch`, the second from there."""
+    """What B clips of n latent frames are asked to show: one scene up to latent frame `switch`, another from there."""
 
     wanted: Tensor  # [B, 2, 6] factors
     texts: list[tuple[str, str]]
@@ -43,7 +43,9 @@ class Task:
 
     def __getitem__(self, clips: slice) -> Task:
         past = None if self.past is None else self.past[clips]
-        return replace(self, wanted=self.wanted[clips], texts=self.texts[clips], captions=self.captions[clips], past=past)
+        return replace(
+            self, wanted=self.wanted[clips], texts=self.texts[clips], captions=self.captions[clips], past=past
+        )
 
     @property
     def frames(self) -> int:
@@ -59,7 +61,7 @@ Source = Callable[[Task, torch.Generator], Tensor]  # -> pixels [B, T, 3, SIDE, 
 
 
 class Sampler(Protocol):
-    """A model that plays latents [B, n, C, h, w] of captions [B, 2, L], ruled by caption [B, n], after a real prefix."""
+    """Plays latents [B, n, C, h, w] of captions [B, 2, L], of which caption [B, n] rules, after a real prefix."""
 
     def __call__(
         self, captions: Tensor, caption: Tensor, generator: torch.Generator, prefix: Tensor | None = None
@@ -81,7 +83,7 @@ class Tokenizer:
 
 
 def held_out_scenes(count: int, generator: torch.Generator) -> Tensor:
-    """[count, 6] scenes that training never showed, in shuffled rounds, so that none comes up more than once a round."""
+    """[count, 6] scenes that training never showed, in shuffled rounds: none comes up twice before all have."""
     scenes = worlds.all_factors()
     scenes = scenes[worlds.held_out(scenes)]
     rounds = [scenes[torch.randperm(len(scenes), generator=generator)] for _ in range(-(-count // len(scenes)))]
@@ -110,7 +112,14 @@ def future_task(tokenizer: Tokenizer, pasts: int, futures: int, past_units: int,
     past = worlds.simulate(opening.wanted[:, 0], torch.Generator().manual_seed(seed), opening.frames)
     rows = torch.arange(pasts).repeat_interleave(futures)
     texts = [opening.texts[row] for row in rows.tolist()]
-    return Task(wanted=opening.wanted[rows], texts=texts, captions=opening.captions[rows], switch=units, units=units, past=past[rows])
+    return Task(
+        wanted=opening.wanted[rows],
+        texts=texts,
+        captions=opening.captions[rows],
+        switch=units,
+        units=units,
+        past=past[rows],
+    )
 
 
 def _worded(tokenizer: Tokenizer, wanted: Tensor, *, switch: int, units: int, seed: int) -> Task:
@@ -145,7 +154,9 @@ def go_on(past: worlds.Scene, frames: int, generator: torch.Generator) -> worlds
 
 
 def _joined(past: worlds.Scene, future: worlds.Scene) -> worlds.Scene:
-    track = {name: torch.cat([getattr(past, name), getattr(future, name)], 1) for name in ("position", "heading", "phase")}
+    track = {
+        name: torch.cat([getattr(past, name), getattr(future, name)], 1) for name in ("position", "heading", "phase")
+    }
     return replace(past, switch=past.switch + future.frames, **track)
 
 
@@ -180,7 +191,9 @@ def streamed(model: str | Path, engine: str = "auto") -> Source:
             if until < task.frames:
                 change = stream.prompt(texts[1])
                 if change.unit * stream.config.unit != task.switch:
-                    raise EngineError(f"expected the prompt to change at latent frame {task.switch}, got unit {change.unit}")
+                    raise EngineError(
+                        f"expected the prompt to change at latent frame {task.switch}, got unit {change.unit}"
+                    )
                 frames += stream.frames(task.frames - until)
         return torch.from_numpy(np.stack([frame.pixels for frame in frames])).permute(0, 3, 1, 2) / 255
 
@@ -203,7 +216,9 @@ def student(network: Network, model: ModelConfig) -> Sampler:
 
     def sample(captions: Tensor, caption: Tensor, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
         player = rollout.Player(network, model, captions, caption)
-        return rollout.play(player, caption.shape[1] // model.unit, rollout.few_step(model, generator), generator, prefix)
+        return rollout.play(
+            player, caption.shape[1] // model.unit, rollout.few_step(model, generator), generator, prefix
+        )
 
     return sample
 

@@ -1,0 +1,415 @@
+"""The student's card, generated: measure, keep the numbers as JSON, and word them as Markdown.
+
+`write` measures a finished run and leaves OUT/results.json and the card beside the student. From that file alone come
+the card that ships, the committed results and the README's table; no number is typed in by hand.
+
+    python -m training.card runs/tiny --student cfrt/students/tiny --readme README.md"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import torch
+import tyro
+
+from training import evaluate, sources
+
+if TYPE_CHECKING:
+    from training.recipes import Recipe
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- generated:student -->", "<!-- /generated:student -->"
+COLUMNS = {
+    "real": "real clips",
+    "reconstruction": "through the autoencoder",
+    "teacher": "AR teacher, {teacher_steps} guided steps",
+    "student": "**student, {steps} steps**",
+}
+USE = """```python
+import cfrt
+
+for frame in cfrt.Stream("a large red circle moving left over the ocean", seed=7).frames(seconds=4):
+    show(frame.pixels)  # (H, W, 3) uint8
+```"""
+
+Results = dict[str, Any]  # what results.json holds
+Numbers = Mapping[str, Any]  # one Estimate as JSON
+
+
+class Line(NamedTuple):
+    """One line of the table: which number, its title, how it is printed, what it means."""
+
+    key: str
+    title: str
+    percent: bool
+    meaning: str
+
+
+LINES = (
+    Line("colour", "colour right", True, "the object reads the prompted colour over the whole clip"),
+    Line("shape", "shape right", True, "the same for its shape"),
+    Line("size", "size right", True, "the same for its size"),
+    Line("background", "background right", True, "the same for the background"),
+    Line(
+        "direction",
+        "starting direction right",
+        True,
+        "the displacement over the first two latent frames is nearest to the prompted direction",
+    ),
+    Line("speed", "speed right", True, "the median step a frame is nearest to the prompted speed"),
+    Line("all", "all six right", True, "a clip that gets everything right"),
+    Line(
+        "dynamic",
+        "dynamic",
+        True,
+        "clips whose valid object moves at half the prompted speed or faster in 80 % of the frames",
+    ),
+    Line("valid", "valid frames", True, "the object overlaps a drawing of what was read by more than 0.7 (IoU)"),
+    Line("residual", "render residual (1e-3)", False, "mean squared error to that drawing; lower is sharper"),
+    Line("turns", "turns a second", False, "changes of heading; more than real is jitter, none is a freeze"),
+    Line(
+        "distance",
+        "distance to real",
+        False,
+        "squared energy distance of starts, travel and what is shown; real clips are 0 apart up to chance",
+    ),
+    Line(
+        "diversity",
+        "diversity",
+        False,
+        "variance of the object's place over continuations of one real past, over the true variance; 1 is right, "
+        "0 a collapse",
+    ),
+    Line("diversity_valid", "continuations valid", True, "those that end with a valid object; only they count above"),
+    Line(
+        "switch",
+        "prompt switch seen within 1 s",
+        True,
+        "all that the new prompt changes of colour, shape, size and background reads new on frames 16 to 23 after it",
+    ),
+    Line(
+        "switch_direction",
+        "new direction after a switch",
+        True,
+        "motion of the third and fourth latent frame after it, where the direction changed and no wall was near",
+    ),
+    Line(
+        "switch_frames",
+        "frames until a switch shows",
+        False,
+        "median index of the first frame after it that reads the new colour and shape; 24 = never",
+    ),
+)
+DRIFT = (("valid", "valid frames"), ("colour", "colour right"), ("shape", "shape right"), ("dynamic", "dynamic"))
+README_LINES = ("colour", "shape", "direction", "all", "dynamic", "residual", "diversity", "switch")
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def write(recipe: Recipe, out: Path, folder: Path) -> None:
+    """Measure the run in `out`; write OUT/results.json, OUT/sheets/*.png and FOLDER/card.md."""
+    results = collect(recipe, out)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "card.md").write_text(card(results), encoding="utf-8")
+
+
+def collect(recipe: Recipe, out: Path) -> Results:
+    """Everything that the card says: rows of numbers, what each stage took, the machine, the whole recipe."""
+    from training import chain  # it imports the recipes, and they this package's evaluation
+
+    autoencoder, model = chain.trained_autoencoder(recipe, out), recipe.model
+    networks = {
+        stage: chain.trained_network(recipe, out, stage).eval().requires_grad_(False) for stage in ("teacher", "dmd")
+    }
+    samplers = {
+        "teacher": sources.teacher(networks["teacher"], model, chain.TEACHER_STEPS, chain.GUIDANCE),
+        "student": sources.student(networks["dmd"], model),
+    }
+    began = time.monotonic()
+    rows = evaluate.evaluate(samplers, autoencoder, model.text, recipe.evaluate, out / "sheets")
+    return {
+        "recipe": recipe.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "parameters": {
+            "transformer and text": sum(p.numel() for p in networks["dmd"].parameters()),
+            "autoencoder": sum(p.numel() for p in autoencoder.parameters()),
+        },
+        "teacher": {"steps": chain.TEACHER_STEPS, "guidance": chain.GUIDANCE},
+        "stages": {name: spent(out / name / "stats.jsonl") for name in chain.STAGES},
+        "evaluation_seconds": round(time.monotonic() - began),
+        "config": json.loads(json.dumps(asdict(recipe))),
+        "rows": evaluate.plain(rows),
+    }
+
+
+def machine() -> dict[str, str | int]:
+    """Where this runs: every time on the card belongs to it."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "torch": torch.__version__,
+        "precision": "fp32 (convolutions of the autoencoder's training in bf16)",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def spent(stats: Path) -> dict[str, float]:
+    """Steps and seconds of a stage, by the last line of its statistics."""
+    last = json.loads(stats.read_text(encoding="utf-8").splitlines()[-1])
+    return {"steps": last["step"], "seconds": last["seconds"]}
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def figure(number: Numbers | None, percent: bool) -> str:
+    """`97.3 [95.5, 98.4]`, in percent or as it is."""
+    if number is None or number["value"] is None:
+        return "–"
+    value, low, high = (100 * number[key] if percent else number[key] for key in ("value", "low", "high"))
+    digits = 1 if percent else 2
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def tables(rows: Mapping[str, Numbers], titles: Mapping[str, str] | None = None) -> str:
+    """Markdown of everything measured: the main table and, where there are long clips, drift against time."""
+    titles = titles or {name: name for name in rows}
+    parts = [main_table(rows, titles, [line.key for line in LINES])]
+    if all("drift" in row for row in rows.values()):
+        parts.append(drift_table(rows, titles))
+    return "\n\n".join(parts)
+
+
+def main_table(rows: Mapping[str, Numbers], titles: Mapping[str, str], keys: list[str] | tuple[str, ...]) -> str:
+    lines = [line for line in LINES if line.key in keys and any(line.key in row for row in rows.values())]
+    head = ["|  | " + " | ".join(titles[name] for name in rows) + " | n |", "| --- |" + " ---: |" * (len(rows) + 1)]
+    body = []
+    for line in lines:
+        cells = [figure(row.get(line.key), line.percent) for row in rows.values()]
+        counts = {row[line.key]["n"] for row in rows.values() if line.key in row}
+        count = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
+        body.append(f"| {line.title}{' (%)' if line.percent else ''} | " + " | ".join(cells) + f" | {count} |")
+    return "\n".join(head + body)
+
+
+def drift_table(rows: Mapping[str, Numbers], titles: Mapping[str, str]) -> str:
+    """Two-second stretches down, sources across, for each number of DRIFT."""
+    blocks = []
+    for key, title in DRIFT:
+        head = [
+            f"| {title} (%) | " + " | ".join(titles[name] for name in rows) + " |",
+            "| --- |" + " ---: |" * len(rows),
+        ]
+        stretches = zip(*(row["drift"] for row in rows.values()), strict=True)
+        body = [
+            f"| {2 * index}–{2 * index + 2} s | " + " | ".join(figure(stretch[key], True) for stretch in line) + " |"
+            for index, line in enumerate(stretches)
+        ]
+        blocks.append("\n".join(head + body))
+    return "\n\n".join(blocks)
+
+
+def titles_of(results: Results) -> dict[str, str]:
+    model = results["config"]["model"]
+    return {
+        name: title.format(teacher_steps=results["teacher"]["steps"], steps=len(model["steps"]))
+        for name, title in COLUMNS.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- card
+
+
+def card(results: Results) -> str:
+    """The model card, Markdown with the front matter that model hubs read."""
+    model, rows = results["config"]["model"], results["rows"]
+    titles = {name: titles_of(results)[name] for name in rows}
+    first = model["first_steps"] or model["steps"]
+    size = [side * model["autoencoder"]["spatial"] for side in model["latent_grid"]]
+    sections = [
+        front_matter(results),
+        f"# cfrt {results['recipe']}\n\n"
+        f"A causal video diffusion student that streams {size[0]} x {size[1]} pixels at {model['fps']:g} frames a second "
+        f"on a CPU: {len(model['steps'])} denoising passes a unit ({len(first)} for the first one), one latent frame a "
+        f"unit, a window of {model['window']} latent frames. Trained from nothing by Causal Forcing (arXiv:2602.02214, "
+        "arXiv:2605.15141) on a procedural world whose factors are known exactly. It exists to show and test the whole "
+        "path, training to stream, without a GPU or a download. This file is generated from measurements.",
+        USE,
+        "## Measured\n\n" + _preface(results) + "\n\n" + main_table(rows, titles, [line.key for line in LINES]),
+        "What each line means:\n\n" + "\n".join(f"* *{line.title}*: {line.meaning}." for line in LINES),
+        "## Drift\n\nThe same read on two-second stretches of ten-second clips "
+        f"(n = {results['config']['evaluate']['long']} each; trained on {model['trained_frames']} latent frames, "
+        f"{(1 + 4 * (model['trained_frames'] - 1)) / model['fps']:.1f} s).\n\n" + drift_table(rows, titles),
+        "## Training\n\n" + training(results),
+        "## Data\n\n" + _data(results),
+        "## Limits\n\n" + _limits(results),
+        "## Recipe\n\n```json\n"
+        + json.dumps({k: v for k, v in results["config"].items() if k != "model"}, indent=1)
+        + "\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def front_matter(results: Results) -> str:
+    """YAML: licence, kind, and the headline numbers as a model index."""
+    student = results["rows"]["student"]
+    metrics = [line for line in LINES if student.get(line.key, {}).get("value") is not None]
+    index = "\n".join(
+        f"          - type: {line.key}\n"
+        f"            name: {json.dumps(line.title)}\n"
+        f"            value: {student[line.key]['value']}"
+        for line in metrics
+    )
+    return f"""---
+license: apache-2.0
+library_name: cfrt
+pipeline_tag: text-to-video
+language: en
+tags: [video-generation, autoregressive, diffusion-distillation, streaming, causal-forcing]
+model-index:
+  - name: cfrt-{results["recipe"]}
+    results:
+      - task:
+          type: text-to-video
+        dataset:
+          name: procedural world (training.worlds), held-out scenes
+          type: procedural
+        metrics:
+{index}
+---"""
+
+
+def _preface(results: Results) -> str:
+    settings = results["config"]["evaluate"]
+    return (
+        f"Read from pixels by an exact reader on scenes that training never showed (one in six of all combinations): "
+        f"{settings['prompts']} prompts in varied wordings through the tokenizer, {settings['switches']} prompt "
+        f"switches, {settings['futures']} continuations of each of {settings['pasts']} real pasts. In brackets: 95 % "
+        "confidence interval (Wilson for shares of clips, else bootstrap). "
+        f"Evaluation seed {settings['seed']}, {results['date']}."
+    )
+
+
+def training(results: Results) -> str:
+    """What the stages took, and where."""
+    where, stages = results["machine"], results["stages"]
+    head = "| stage | steps | wall time |\n| --- | ---: | ---: |"
+    body = "\n".join(f"| {name} | {stage['steps']} | {clock(stage['seconds'])} |" for name, stage in stages.items())
+    total = clock(sum(stage["seconds"] for stage in stages.values()))
+    weights = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in results["parameters"].items())
+    return (
+        f"{head}\n{body}\n| **total** (data and evaluation not counted) | | **{total}** |\n"
+        f"| evaluation | | {clock(results['evaluation_seconds'])} |\n\n"
+        f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['precision']}, {where['system']}. "
+        f"Parameters: {weights}. Seed {results['config']['seed']}. "
+        f"`python -m training {results['recipe']}` trains it again."
+    )
+
+
+def clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 60
+        else f"{minutes} min"
+        if minutes
+        else f"{seconds:.0f} s"
+    )
+
+
+def _data(results: Results) -> str:
+    settings = results["config"]["data"]
+    return (
+        f"{settings['clips']:,} clips of {settings['units']} latent frames from a procedural world: one object (size, "
+        "colour, shape) over a moving background, starting in a direction at a speed, turning at random times and "
+        f"bouncing off the walls; in {100 * settings['switched']:.0f} % of them the caption changes and the object "
+        "follows within half a second. No person, no scraped picture and no text from anybody is in it."
+    )
+
+
+def _limits(results: Results) -> str:
+    words = len(results["config"]["model"]["text"]["vocab"])
+    return (
+        f"It knows this world and nothing else: one object, {words} words and phrases; others are named in a warning and "
+        "not read. A prompt sets the direction of the start only, since objects turn of their own accord. Scenes that "
+        "training never showed come out as well as the table says, not better. It is no model of real video."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+
+
+def readme_section(results: Results) -> str:
+    rows = results["rows"]
+    where, settings = results["machine"], results["config"]["evaluate"]
+    took = clock(sum(stage["seconds"] for stage in results["stages"].values()))
+    note = (
+        f"Measured {results['date']} on {settings['prompts']} held-out prompts by the exact reader, 95 % intervals in "
+        f"brackets; trained in {took} on {where['cores']} cores ({where['cpu']}). "
+        "All numbers and what they mean: [the card](cfrt/students/tiny/card.md)."
+    )
+    return main_table(rows, titles_of(results), README_LINES) + "\n\n" + note
+
+
+def update_readme(path: Path, results: Results) -> None:
+    """Replace what stands between the markers in `path`. ValueError where they are missing."""
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the lines {BEGIN} and {END} in {path}; put them where the table belongs")
+    path.write_text(f"{before}{begin}\n{readme_section(results)}\n{end}{after}", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Word the results of a run: its card, the committed numbers and the README's table."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of a measured run, or a results.json (such as the committed one)."""
+    student: Path | None = None
+    """Folder of the student that gets the card."""
+    readme: Path | None = None
+    """README with the two marker lines."""
+    keep: bool = False
+    """Also copy the numbers to training/results/NAME.json."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m training.card")
+    source = arguments.source / "results.json" if arguments.source.is_dir() else arguments.source
+    if not source.is_file():
+        print(f"training.card: no {source}; `python -m training tiny` writes it at its end", file=sys.stderr)
+        raise SystemExit(1)
+    results = json.loads(source.read_text(encoding="utf-8"))
+    if arguments.keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{results['recipe']}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if arguments.student is not None:
+        (arguments.student / "card.md").write_text(card(results), encoding="utf-8")
+    if arguments.readme is not None:
+        update_readme(arguments.readme, results)
+    if arguments.student is None and arguments.readme is None and not arguments.keep:
+        print(card(results))
+
+
+if __name__ == "__main__":
+    main()

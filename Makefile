@@ -77,6 +77,8 @@ $(STAMPS)/dev: $(STAMPS)/test
 demo: $(STAMPS)/installed
 	$(BIN)/cfrt generate "$(PROMPT)" --seconds 4 -o demo.mp4 -o demo.png
 
+test test-all: export CFRT_WHEEL = $(abspath $(call WHEEL))
+
 test: $(STAMPS)/test
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
@@ -86,12 +88,12 @@ test-all: $(STAMPS)/test
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cuda/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cuda/*
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*
 
 types: $(STAMPS)/dev
 	$(BIN)/mypy

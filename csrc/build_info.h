@@ -1,4 +1,5 @@
-// What this module was built with, and what the machine it runs on can do. Facts only; choosing is the engines' business.
+// What this module was built with, and what the machine it runs on can do. Facts only; choosing is the engines'
+// business.
 #pragma once
 
 #include <string>

@@ -18,7 +18,7 @@ class Options(Checkpoint):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; `argv` defaults to the process's own. Returns the exit code: 0, 1 (failed), 2 (wrong arguments)."""
+    """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments."""
     options = tyro.cli(Options, prog="python -m export.onnx", args=argv)
     return refuse("export.onnx", options, "ONNX graphs")
 

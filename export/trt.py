@@ -28,7 +28,7 @@ class Options(Checkpoint):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; `argv` defaults to the process's own. Returns the exit code: 0, 1 (failed), 2 (wrong arguments)."""
+    """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments."""
     options = tyro.cli(Options, prog="cfrt-export", args=argv)
     return refuse("cfrt-export", options, "TensorRT-RTX engines")
 

@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test says where it runs: exactly one of the markers cpu and gpu."""
     lost = [item.nodeid for item in items if sum(item.get_closest_marker(m) is not None for m in ("cpu", "gpu")) != 1]
     if lost:
-        raise pytest.UsageError("expected exactly one of the markers cpu and gpu on each test; not so:\n" + "\n".join(lost))
+        expected = "expected exactly one of the markers cpu and gpu on each test, not so:"
+        raise pytest.UsageError("\n".join([expected, *lost]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

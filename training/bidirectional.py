@@ -20,7 +20,7 @@ from training.optimisers import descend, muon_and_adam
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 4200
+    steps: int = 6000
     batch: int = 32
     lr: float = 2e-3
     ema: float = 0.998

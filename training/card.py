@@ -12,15 +12,15 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
 
 from training import evaluate, sources
+from training.table import LINES, drift_table, main_table
 
 if TYPE_CHECKING:
     from training.recipes import Recipe
@@ -41,74 +41,8 @@ for frame in cfrt.Stream("a large red circle moving left over the ocean", seed=7
 ```"""
 
 Results = dict[str, Any]  # what results.json holds
-Numbers = Mapping[str, Any]  # one Estimate as JSON
 
 
-class Line(NamedTuple):
-    """One line of the table: which number, its title, how it is printed, what it means."""
-
-    key: str
-    title: str
-    percent: bool
-    meaning: str
-
-
-LINES = (
-    Line("colour", "colour right", True, "the object reads the prompted colour over the whole clip"),
-    Line("shape", "shape right", True, "the same for its shape"),
-    Line("size", "size right", True, "the same for its size"),
-    Line("background", "background right", True, "the same for the background"),
-    Line(
-        "direction",
-        "starting direction right",
-        True,
-        "the displacement over the first two latent frames is nearest to the prompted direction",
-    ),
-    Line("speed", "speed right", True, "the median step a frame is nearest to the prompted speed"),
-    Line("all", "all six right", True, "a clip that gets everything right"),
-    Line(
-        "dynamic",
-        "dynamic",
-        True,
-        "clips whose valid object moves at half the prompted speed or faster in 80 % of the frames",
-    ),
-    Line("valid", "valid frames", True, "the object overlaps a drawing of what was read by more than 0.7 (IoU)"),
-    Line("residual", "render residual (1e-3)", False, "mean squared error to that drawing; lower is sharper"),
-    Line("turns", "turns a second", False, "changes of heading; more than real is jitter, none is a freeze"),
-    Line(
-        "distance",
-        "distance to real",
-        False,
-        "squared energy distance of starts, travel and what is shown; real clips are 0 apart up to chance",
-    ),
-    Line(
-        "diversity",
-        "diversity",
-        False,
-        "variance of the object's place over continuations of one real past, over the true variance; 1 is right, "
-        "0 a collapse",
-    ),
-    Line("diversity_valid", "continuations valid", True, "those that end with a valid object; only they count above"),
-    Line(
-        "switch",
-        "prompt switch seen within 1 s",
-        True,
-        "all that the new prompt changes of colour, shape, size and background reads new on frames 16 to 23 after it",
-    ),
-    Line(
-        "switch_direction",
-        "new direction after a switch",
-        True,
-        "motion of the third and fourth latent frame after it, where the direction changed and no wall was near",
-    ),
-    Line(
-        "switch_frames",
-        "frames until a switch shows",
-        False,
-        "median index of the first frame after it that reads the new colour and shape; 24 = never",
-    ),
-)
-DRIFT = (("valid", "valid frames"), ("colour", "colour right"), ("shape", "shape right"), ("dynamic", "dynamic"))
 README_LINES = ("colour", "shape", "direction", "all", "dynamic", "residual", "diversity", "switch")
 
 
@@ -177,56 +111,6 @@ def spent(stats: Path) -> dict[str, float]:
     return {"steps": last["step"], "seconds": last["seconds"]}
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-def figure(number: Numbers | None, percent: bool) -> str:
-    """`97.3 [95.5, 98.4]`, in percent or as it is."""
-    if number is None or number["value"] is None:
-        return "–"
-    value, low, high = (100 * number[key] if percent else number[key] for key in ("value", "low", "high"))
-    digits = 1 if percent else 2
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def tables(rows: Mapping[str, Numbers], titles: Mapping[str, str] | None = None) -> str:
-    """Markdown of everything measured: the main table and, where there are long clips, drift against time."""
-    titles = titles or {name: name for name in rows}
-    parts = [main_table(rows, titles, [line.key for line in LINES])]
-    if all("drift" in row for row in rows.values()):
-        parts.append(drift_table(rows, titles))
-    return "\n\n".join(parts)
-
-
-def main_table(rows: Mapping[str, Numbers], titles: Mapping[str, str], keys: list[str] | tuple[str, ...]) -> str:
-    lines = [line for line in LINES if line.key in keys and any(line.key in row for row in rows.values())]
-    head = ["|  | " + " | ".join(titles[name] for name in rows) + " | n |", "| --- |" + " ---: |" * (len(rows) + 1)]
-    body = []
-    for line in lines:
-        cells = [figure(row.get(line.key), line.percent) for row in rows.values()]
-        counts = {row[line.key]["n"] for row in rows.values() if line.key in row}
-        count = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
-        body.append(f"| {line.title}{' (%)' if line.percent else ''} | " + " | ".join(cells) + f" | {count} |")
-    return "\n".join(head + body)
-
-
-def drift_table(rows: Mapping[str, Numbers], titles: Mapping[str, str]) -> str:
-    """Two-second stretches down, sources across, for each number of DRIFT."""
-    blocks = []
-    for key, title in DRIFT:
-        head = [
-            f"| {title} (%) | " + " | ".join(titles[name] for name in rows) + " |",
-            "| --- |" + " ---: |" * len(rows),
-        ]
-        stretches = zip(*(row["drift"] for row in rows.values()), strict=True)
-        body = [
-            f"| {2 * index}–{2 * index + 2} s | " + " | ".join(figure(stretch[key], True) for stretch in line) + " |"
-            for index, line in enumerate(stretches)
-        ]
-        blocks.append("\n".join(head + body))
-    return "\n\n".join(blocks)
-
-
 def titles_of(results: Results) -> dict[str, str]:
     model = results["config"]["model"]
     return {
@@ -247,10 +131,10 @@ def card(results: Results) -> str:
     sections = [
         front_matter(results),
         f"# cfrt {results['recipe']}\n\n"
-        f"A causal video diffusion student that streams {size[0]} x {size[1]} pixels at {model['fps']:g} frames a second "
-        f"on a CPU: {len(model['steps'])} denoising passes a unit ({len(first)} for the first one), one latent frame a "
-        f"unit, a window of {model['window']} latent frames. Trained from nothing by Causal Forcing (arXiv:2602.02214, "
-        "arXiv:2605.15141) on a procedural world whose factors are known exactly. It exists to show and test the whole "
+        f"A causal video diffusion student that streams {size[0]} x {size[1]} pixels at {model['fps']:g} frames a "
+        f"second on a CPU: {len(model['steps'])} denoising passes a unit ({len(first)} for the first one), one "
+        f"latent frame a unit, a window of {model['window']} latent frames. Trained from nothing by Causal Forcing "
+        "(arXiv:2602.02214, arXiv:2605.15141) on a procedural world whose factors are known exactly. It exists to show and test the whole "
         "path, training to stream, without a GPU or a download. This file is generated from measurements.",
         USE,
         "## Measured\n\n" + _preface(results) + "\n\n" + main_table(rows, titles, [line.key for line in LINES]),
@@ -348,9 +232,9 @@ def _data(results: Results) -> str:
 def _limits(results: Results) -> str:
     words = len(results["config"]["model"]["text"]["vocab"])
     return (
-        f"It knows this world and nothing else: one object, {words} words and phrases; others are named in a warning and "
-        "not read. A prompt sets the direction of the start only, since objects turn of their own accord. Scenes that "
-        "training never showed come out as well as the table says, not better. It is no model of real video."
+        f"It knows this world and nothing else: one object, {words} words and phrases; others are named in a warning "
+        "and not read. A prompt sets the direction of the start only, since objects turn of their own accord. Scenes "
+        "that training never showed come out as well as the table says, not better. It is no model of real video."
     )
 
 

@@ -21,7 +21,7 @@ from training.teacher import unit_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 900
+    steps: int = 1200
     batch: int = 16
     lr: float = 5e-4
     levels: int = 24

@@ -17,7 +17,8 @@ from torch import Tensor
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import save_model
 from training import autoencoder, bidirectional, cd, data, dmd, preview, rollout, teacher
-from training.loop import Average, Stage, run, step_generator
+from training import loop
+from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
 
@@ -36,7 +37,7 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
         stage, average = build(recipe, out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(getattr(recipe, name)), indent=2) + "\n")
-        run(stage, folder, seed=recipe.seed, average=average, after=_previewer(recipe, out, name, average))
+        loop.run(stage, folder, seed=recipe.seed, average=average, after=_previewer(recipe, out, name, average))
 
 
 def finished(folder: Path) -> bool:

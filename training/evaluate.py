@@ -32,7 +32,7 @@ from cfrt import students
 from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import CfrtError, ConfigError
 from cfrt.nn.autoencoder import Autoencoder
-from training import metrics, preview, sources, worlds
+from training import metrics, preview, sources, table, worlds
 from training.metrics import Estimate
 from training.reader import Reading, read
 from training.sources import Sampler, Source, Task, Tokenizer
@@ -296,8 +296,6 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m training.evaluate")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    from training import card  # imports this file
-
     try:
         if arguments.student is not None:
             rows, text = shipped(arguments.student, arguments.engine)
@@ -305,15 +303,16 @@ def main() -> None:
             rows, text = trained(arguments.run, arguments.stages)
         else:
             raise ConfigError("expected --student FOLDER or --run FOLDER; see --help")
-        every = arguments.config.tasks(text)
-        tasks = {name: every[name] for name in every if name in arguments.tasks}
+        tasks = arguments.config.tasks(text)
+        for left_out in tasks.keys() - set(arguments.tasks):
+            del tasks[left_out]
         measured = measure(rows, tasks, arguments.config, arguments.out)
     except CfrtError as error:
         raise SystemExit(f"training.evaluate: {error}") from None
     numbers = plain(measured)
     if arguments.out is not None:
         (arguments.out / "rows.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(card.tables(numbers))
+    print(table.tables(numbers))
 
 
 if __name__ == "__main__":

@@ -149,8 +149,9 @@ def features(position: Tensor, factors: Tensor) -> Tensor:
 def distance(clips: Tensor, real: Tensor) -> Estimate:
     """Squared energy distance, 2 E|x - y| - E|x - x'| - E|y - y'|, of features [B, k] to those of real clips.
 
-    Both answer the same prompts in the same order. Features are scaled by their deviation in real clips. Pairs of one prompt are left out, so that two sets of real
-    clips are 0 apart on average; a value means something beside theirs (Szekely & Rizzo, 2013)."""
+    Both answer the same prompts in the same order. Features are scaled by their deviation in real clips. Pairs of one
+    prompt are left out, so that two sets of real clips are 0 apart on average; a value means something beside theirs
+    (Szekely & Rizzo, 2013)."""
     scale = real.std(0).clamp(min=1e-3)
     x, y = clips / scale, real / scale
     across = torch.cdist(x, y)
@@ -174,7 +175,8 @@ def spread(position: Tensor, valid: Tensor) -> Tensor:
 def diversity(position: Tensor, valid: Tensor, truth: Tensor) -> Estimate:
     """Variance of the last position over futures of one past, against the true one.
 
-    position [P, N, 2], valid [P, N], truth [P, M, 2]. 1 is right, 0 a collapse. Futures without a valid object don't count: broken frames scatter too."""
+    position [P, N, 2], valid [P, N], truth [P, M, 2]. 1 is right, 0 a collapse. Futures without a valid object don't
+    count: broken frames scatter too."""
     return ratio(spread(position, valid), spread(truth, torch.ones(truth.shape[:2], dtype=torch.bool)))
 
 

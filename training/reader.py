@@ -2,7 +2,7 @@
 
 Nothing is learnt. The background is the one whose least-squares phase leaves the smallest median error; the object is
 what remains; its outline is compared with every shape and size by soft intersection over union. On real clips it is
-exact to sub-pixel positions (tests/test_worlds.py), so what it says of a generated clip is a measurement.
+exact to sub-pixel positions (tests/test_reader.py), so what it says of a generated clip is a measurement.
 
 Shapes: B clips, T frames; a clip must hold one scene (cut a clip at its switch before reading)."""
 
@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from training import worlds
-from training.worlds import BACKGROUND, BACKGROUNDS, COLOUR, DIRECTION, FACTORS, HEADING, PALETTE, RADIUS, SHAPE, SIDE, SIZE, SPEED, STEP
+from training.worlds import (
+    BACKGROUND,
+    BACKGROUNDS,
+    COLOUR,
+    DIRECTION,
+    FACTORS,
+    HEADING,
+    PALETTE,
+    RADIUS,
+    SHAPE,
+    SIDE,
+    SIZE,
+    SPEED,
+    STEP,
+)
 
 VALID_IOU = 0.7  # design: a frame shows a valid object when its outline overlaps the template this much
 START_FRAMES = 5  # the first two units: where the direction of a start is read
@@ -38,7 +52,8 @@ class Reading:
     @staticmethod
     def cat(parts: Sequence[Reading]) -> Reading:
         """Clips of several readings, in order."""
-        return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Reading.__dataclass_fields__})
+        names = Reading.__dataclass_fields__
+        return Reading(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
     @property
     def valid(self) -> Tensor:
@@ -48,16 +63,18 @@ class Reading:
 def read(video: Tensor) -> Reading:
     """Read [B, T, 3, SIDE, SIDE] float in [0, 1]. A single frame shows neither direction nor speed: both read 0."""
     chunk = max(1, _CHUNK // video.shape[1])
-    return Reading.cat([_read(video[first : first + chunk].clamp(0, 1).float()) for first in range(0, len(video), chunk)])
+    return Reading.cat([_read(clips.clamp(0, 1).float()) for clips in video.split(chunk)])
 
 
 def _read(video: Tensor) -> Reading:
     count, frames = video.shape[:2]
     background, stage = _read_background(video)
     colour, ink, position = _read_colour(video, stage)
-    shape, size, offset, overlap = _read_outline(ink, position)
+    shape, size, offset = _read_outline(ink, position)
     position = position - offset[:, None]
-    alpha = _template(position.flatten(0, 1), size.repeat_interleave(frames), shape.repeat_interleave(frames)).view(ink.shape)
+    alpha = _template(position.flatten(0, 1), size.repeat_interleave(frames), shape.repeat_interleave(frames)).view(
+        ink.shape
+    )
     drawn = torch.lerp(stage, _object(colour, position), alpha[:, :, None])
     step = (position[:, 1:] - position[:, :-1]).norm(dim=-1)
     factors = torch.zeros(count, len(FACTORS), dtype=torch.long)
@@ -66,9 +83,8 @@ def _read(video: Tensor) -> Reading:
         factors[:, DIRECTION] = read_direction(position[:, :START_FRAMES])
         factors[:, SPEED] = (step.median(dim=1).values > STEP.mean()).long()
     factors[:, BACKGROUND] = background
-    return Reading(
-        factors=factors, position=position, overlap=_iou(ink, alpha), residual=(video - drawn).square().mean((2, 3, 4)), step=step
-    )
+    residual = (video - drawn).square().mean((2, 3, 4))
+    return Reading(factors=factors, position=position, overlap=_iou(ink, alpha), residual=residual, step=step)
 
 
 def read_direction(position: Tensor) -> Tensor:
@@ -86,7 +102,7 @@ def _read_background(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _misfit(video: Tensor, picture: Tensor) -> Tensor:
-    """[B] median colour error of a background [3, 3, h, w] (still, sine, cosine), of which the object spoils less than half."""
+    """[B] median colour error of a background [3, 3, h, w] (still, sine, cosine); an object spoils less than half of it."""
     basis = picture.flatten(1)
     fit = torch.addmm(basis[:1], _fit_waves(video, picture.expand(len(video), -1, -1, -1, -1)).flatten(0, 1), basis[1:])
     return (video - fit.view(video.shape)).abs().sum(2).flatten(2).median(-1).values.mean(1)
@@ -114,7 +130,8 @@ def _fit_waves(video: Tensor, picture: Tensor) -> Tensor:
 def _object(colour: Tensor, position: Tensor) -> Tensor:
     """[B, T, 3, SIDE, 1]: the object's colour on every row."""
     count, frames = position.shape[:2]
-    return worlds.shaded(PALETTE[colour].repeat_interleave(frames, 0), position.flatten(0, 1)).view(count, frames, 3, SIDE, 1)
+    each = PALETTE[colour].repeat_interleave(frames, 0)
+    return worlds.shaded(each, position.flatten(0, 1)).view(count, frames, 3, SIDE, 1)
 
 
 def _read_colour(video: Tensor, stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +151,7 @@ def _read_colour(video: Tensor, stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _centre(mass: Tensor, every: int = 1) -> Tensor:
-    """Centre of mass [B, T, 2] in pixels, (x, y), of a picture that holds every `every`-th pixel; (0, 0) where there is none."""
+    """Centre of mass [B, T, 2] in pixels, (x, y), of a picture of each `every`-th pixel; (0, 0) where there is none."""
     along = worlds.X[0, ::every]
     return torch.stack([mass.sum(2) @ along, mass.sum(3) @ along], -1) / (mass.sum((2, 3)) + 1e-6)[..., None]
 
@@ -147,8 +164,8 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.minimum(a, b).sum((-2, -1)) / torch.maximum(a, b).sum((-2, -1)).clamp(min=1.0)
 
 
-def _read_outline(ink: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shape [B], size [B], offset of the centre of mass [B, 2] and the winning mean overlap, judged on up to 8 frames."""
+def _read_outline(ink: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape [B], size [B] and their offset of the centre of mass [B, 2], judged on up to 8 frames."""
     count, frames = ink.shape[:2]
     looked = torch.linspace(0, frames - 1, min(frames, 8)).long()
     sample, centre = ink[:, looked], position[:, looked]
@@ -159,9 +176,8 @@ def _read_outline(ink: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor
         at = (centre - _OFFSETS[shape, size]).flatten(0, 1)
         drawn = _template(at, torch.full((rows,), size), torch.full((rows,), shape)).view(sample.shape)
         overlaps.append(_iou(sample, drawn).mean(1))
-    best = torch.stack(overlaps, 1).max(1)
-    shape, size = torch.tensor(pairs)[best.indices].unbind(1)
-    return shape, size, _OFFSETS[shape, size], best.values
+    best = torch.tensor(pairs)[torch.stack(overlaps, 1).argmax(1)]
+    return best[:, 0], best[:, 1], _OFFSETS[best[:, 0], best[:, 1]]
 
 
 def _centre_offsets() -> Tensor:
@@ -172,7 +188,8 @@ def _centre_offsets() -> Tensor:
         for size in range(len(RADIUS)):
             alpha = _template(middle, torch.tensor([size]), torch.tensor([shape]))[0]
             alpha = alpha * (alpha > _FAINT)
-            offsets[shape, size] = torch.stack([(alpha * worlds.X).sum(), (alpha * worlds.Y).sum()]) / alpha.sum() - SIDE / 2
+            centre = torch.stack([(alpha * worlds.X).sum(), (alpha * worlds.Y).sum()]) / alpha.sum()
+            offsets[shape, size] = centre - SIDE / 2
     return offsets
 
 

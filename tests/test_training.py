@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
-from training import bidirectional, cd, data, dmd, loop, recipes, rollout, teacher
+from training import bidirectional, cd, chain, data, dmd, loop, recipes, rollout, teacher
 from training.network import Network, broadcast, guided
 
 pytestmark = pytest.mark.cpu
@@ -159,3 +160,20 @@ def test_rollout_of_the_teacher_equals_its_training_forward(recipe: recipes.Reci
             v = player.velocity(noise[:, unit : unit + 1], 0.7, unit)
             torch.testing.assert_close(v[:, 0], expected[:, unit], atol=2e-5, rtol=1e-4)
             player.commit(batch.latents[:, unit : unit + 1], unit)
+
+
+def test_released_stages_start_a_run(tmp_path: Path) -> None:
+    """What `release` keeps, `adopt` gives back to fp16 precision, and a stage that is there already is not touched."""
+    recipe, run, kept = recipes.smoke(), tmp_path / "run", tmp_path / "kept"
+    (run / "teacher").mkdir(parents=True)
+    weights = {"dit.x": torch.randn(4, 4)}
+    loop.write_tensors(run / "teacher" / "average.safetensors", weights)
+    (run / "teacher" / "stats.jsonl").write_text("{}\n")
+    chain.release(recipe, run, kept)
+    chain.adopt(kept, tmp_path / "other")
+    assert chain.finished(tmp_path / "other" / "teacher")
+    torch.testing.assert_close(chain.weights(tmp_path / "other", "teacher"), weights, atol=1e-3, rtol=1e-3)
+    chain.adopt(kept, run)
+    assert torch.equal(chain.weights(run, "teacher")["dit.x"], weights["dit.x"])
+    with pytest.raises(WeightsError, match="found none"):
+        chain.adopt(tmp_path / "nothing", run)

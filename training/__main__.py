@@ -26,6 +26,10 @@ class Arguments:
     """Every stage for a few steps (under three minutes): shows that the chain holds, the student is noise."""
     until: Literal["autoencoder", "bidirectional", "teacher", "cd", "dmd", "card"] = "card"
     """Last stage to run."""
+    adopt: Path | None = None
+    """Folder of released stages (training/weights/tiny) to begin with instead of training them."""
+    release: Path | None = None
+    """Folder to leave the finished stages' averaged weights in, halved to fp16."""
     threads: int | None = None
     """Threads of torch; default: all cores."""
     dry_run: bool = False
@@ -47,7 +51,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     out = arguments.out or Path("runs") / recipe.name
     try:
+        if arguments.adopt:
+            chain.adopt(arguments.adopt, out)
         chain.run(recipe, out, until=arguments.until)
+        if arguments.release:
+            chain.release(recipe, out, arguments.release)
     except CfrtError as error:
         print(f"training: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,22 +127,16 @@ def card(results: Results) -> str:
     """The model card, Markdown with the front matter that model hubs read."""
     model, rows = results["config"]["model"], results["rows"]
     titles = {name: titles_of(results)[name] for name in rows}
-    first = model["first_steps"] or model["steps"]
-    size = [side * model["autoencoder"]["spatial"] for side in model["latent_grid"]]
+    trained_seconds = (1 + 4 * (model["trained_frames"] - 1)) / model["fps"]
     sections = [
         front_matter(results),
-        f"# cfrt {results['recipe']}\n\n"
-        f"A causal video diffusion student that streams {size[0]} x {size[1]} pixels at {model['fps']:g} frames a "
-        f"second on a CPU: {len(model['steps'])} denoising passes a unit ({len(first)} for the first one), one "
-        f"latent frame a unit, a window of {model['window']} latent frames. Trained from nothing by Causal Forcing "
-        "(arXiv:2602.02214, arXiv:2605.15141) on a procedural world whose factors are known exactly. It exists to show and test the whole "
-        "path, training to stream, without a GPU or a download. This file is generated from measurements.",
+        f"# cfrt {results['recipe']}\n\n" + _opening(model),
         USE,
         "## Measured\n\n" + _preface(results) + "\n\n" + main_table(rows, titles, [line.key for line in LINES]),
         "What each line means:\n\n" + "\n".join(f"* *{line.title}*: {line.meaning}." for line in LINES),
         "## Drift\n\nThe same read on two-second stretches of ten-second clips "
         f"(n = {results['config']['evaluate']['long']} each; trained on {model['trained_frames']} latent frames, "
-        f"{(1 + 4 * (model['trained_frames'] - 1)) / model['fps']:.1f} s).\n\n" + drift_table(rows, titles),
+        f"{trained_seconds:.1f} s).\n\n" + drift_table(rows, titles),
         "## Training\n\n" + training(results),
         "## Data\n\n" + _data(results),
         "## Limits\n\n" + _limits(results),
@@ -179,6 +174,18 @@ model-index:
         metrics:
 {index}
 ---"""
+
+
+def _opening(model: Mapping[str, Any]) -> str:
+    height, width = (side * model["autoencoder"]["spatial"] for side in model["latent_grid"])
+    first = len(model["first_steps"] or model["steps"])
+    return (
+        f"A causal video diffusion student that streams {width} x {height} pixels at {model['fps']:g} frames a second on "
+        f"a CPU: {len(model['steps'])} denoising passes a unit ({first} for the first one), one latent frame a unit, a "
+        f"window of {model['window']} latent frames. Trained from nothing by Causal Forcing (arXiv:2602.02214, "
+        "arXiv:2605.15141) on a procedural world whose factors are known exactly. It exists to show and test the whole "
+        "path, training to stream, without a GPU or a download. This file is generated from measurements."
+    )
 
 
 def _preface(results: Results) -> str:

@@ -6,6 +6,7 @@ weights (`average.safetensors`). Running the chain again goes on where it stoppe
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import save_model
 from training import autoencoder, bidirectional, cd, data, dmd, preview, rollout, teacher
@@ -57,6 +59,29 @@ def trained_autoencoder(recipe: Recipe, out: Path) -> Autoencoder:
 
 def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
     return load(recipe.model, weights(out, stage))
+
+
+def release(recipe: Recipe, out: Path, folder: Path) -> None:
+    """Keep what the finished stages have learnt, small enough to commit: averaged weights in fp16, and their statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in STAGES:
+        if finished(out / name):
+            halves = {key: value.half() for key, value in weights(out, name).items()}
+            loop.write_tensors(folder / f"{name}.safetensors", halves, {"recipe": recipe.name, "seed": str(recipe.seed)})
+            shutil.copyfile(out / name / "stats.jsonl", folder / f"{name}.jsonl")
+
+
+def adopt(folder: Path, out: Path) -> None:
+    """Begin a run with the stages that `folder` (made by `release`) holds; a stage that the run has is left alone."""
+    found = [name for name in STAGES if (folder / f"{name}.safetensors").exists()]
+    if not found:
+        raise WeightsError(f"expected released stages ({', '.join(STAGES)}) as .safetensors in {folder}, found none")
+    for name in found:
+        if not (out / name).exists():
+            (out / name).mkdir(parents=True)
+            full = {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()}
+            shutil.copyfile(folder / f"{name}.jsonl", out / name / "stats.jsonl")
+            loop.write_tensors(out / name / "average.safetensors", full)
 
 
 def save_student(recipe: Recipe, out: Path, folder: Path, stage: str = "dmd") -> None:

@@ -110,6 +110,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write a safetensors file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    temporary.chmod(0o644)  # the library makes files that only their owner may read
     os.replace(temporary, path)
 
 

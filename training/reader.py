@@ -102,7 +102,7 @@ def _read_background(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _misfit(video: Tensor, picture: Tensor) -> Tensor:
-    """[B] median colour error of a background [3, 3, h, w] (still, sine, cosine); an object spoils less than half of it."""
+    """[B] median colour error of a background [3, 3, h, w] (still, sine, cosine), half of which no object hides."""
     basis = picture.flatten(1)
     fit = torch.addmm(basis[:1], _fit_waves(video, picture.expand(len(video), -1, -1, -1, -1)).flatten(0, 1), basis[1:])
     return (video - fit.view(video.shape)).abs().sum(2).flatten(2).median(-1).values.mean(1)

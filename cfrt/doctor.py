@@ -1,0 +1,130 @@
+"""What this installation can do: packages, models, engines and why some would not run."""
+
+import json
+import os
+import platform
+import struct
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from . import __version__, students
+from .config import PRESETS, ModelConfig
+from .errors import CfrtError
+from .weights import WEIGHTS_FILE
+
+PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "tensorrt-rtx")
+VARIABLES = ("CFRT_ENGINE", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def examine(model: str = "tiny") -> dict[str, Any]:
+    """Everything worth knowing in a bug report, as plain data."""
+    return {
+        "cfrt": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "models": models()["embedded"],
+        "engines": _engines(model),
+    }
+
+
+def models() -> dict[str, Any]:
+    """The students in this installation, and the names of presets whose weights one has to bring."""
+    return {
+        "embedded": [_describe(name, folder) for name, folder in students.embedded().items()],
+        "presets": [name for name in PRESETS if name not in students.embedded()],
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """`examine` for people."""
+    lines = [
+        f"cfrt {report['cfrt']}, Python {report['python']}, {report['platform']}, {report['cpus']} CPUs",
+        "",
+        "packages   " + ", ".join(f"{name} {version or '(none)'}" for name, version in report["packages"].items()),
+        *(f"           {name}={value}" for name, value in report["environment"].items()),
+        "",
+        *(_model_line(model) for model in report["models"]),
+        "",
+    ]
+    engines = report["engines"]
+    if "error" in engines:
+        return "\n".join([*lines, f"engines    cannot be asked: {engines['error']}"])
+    for name, reason in engines["refusals"].items():
+        lines.append(f"engine     {name}: {'runs' if reason is None else f'would not run: {reason}'}")
+    chosen = engines["chosen"]
+    lines.append(f"engine     auto would choose {chosen}" if chosen else f"engine     none can run {engines['model']}")
+    return "\n".join(lines)
+
+
+def models_as_text(found: dict[str, Any]) -> str:
+    """`models` for people."""
+    embedded = [_model_line(model) for model in found["embedded"]] or ["model      none in this installation"]
+    return "\n".join([*embedded, "", "presets    (bring the weights) " + ", ".join(found["presets"])])
+
+
+def _engines(model: str) -> dict[str, Any]:
+    from .engines import Spec, choose, names, refusal
+
+    try:
+        spec = Spec(config=ModelConfig.load(students.find(model) / students.CONFIG), weights={})
+        refusals = {name: refusal(name, spec) for name in names()}
+    except CfrtError as error:
+        return {"model": model, "error": str(error)}
+    try:
+        chosen = choose("auto", spec)[0].name
+    except CfrtError:
+        chosen = None
+    return {"model": model, "refusals": refusals, "chosen": chosen}
+
+
+def _describe(name: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = ModelConfig.load(folder / students.CONFIG)
+        size = (folder / WEIGHTS_FILE).stat().st_size
+        parameters = _parameters(folder / WEIGHTS_FILE)
+    except (CfrtError, OSError, ValueError, struct.error) as error:
+        return {"name": name, "folder": str(folder), "error": str(error)}
+    height, width = config.frame_size
+    return {
+        "name": name,
+        "folder": str(folder),
+        "size": [width, height],
+        "fps": config.fps,
+        "steps": len(config.steps),
+        "first_steps": len(config.unit_steps(0)),
+        "unit": config.unit,
+        "window": config.window,
+        "sinks": config.sinks,
+        "parameters": parameters,
+        "bytes": size,
+    }
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    if "error" in model:
+        return f"model      {model['name']}: broken ({model['error']})"
+    width, height = model["size"]
+    return (
+        f"model      {model['name']}: {width} x {height} at {model['fps']:g} fps, {model['steps']} steps "
+        f"({model['first_steps']} for the first unit), {model['parameters'] / 1e6:.2f} M parameters, "
+        f"{model['bytes'] / 1e6:.1f} MB in {model['folder']}"
+    )
+
+
+def _parameters(path: Path) -> int:
+    """Numbers in a safetensors file, from its header alone: 8 bytes of length, then JSON."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,176 @@
+"""One object per way to run a unit, chosen once by asking each whether it can.
+
+An engine owns the memory: weights, the ring of past keys and values, the decoder's state. Latents never leave it; its
+caller only carries them about and does arithmetic on them (+, - and products with floats, which is all that
+`cfrt.flow` needs). Nothing here imports a framework until an engine that needs it is asked.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from ..config import ModelConfig
+from ..errors import EngineError
+
+Latents = Any
+"""One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
+
+PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """All that an engine must know to start."""
+
+    config: ModelConfig
+    weights: Mapping[str, np.ndarray] = field(repr=False)
+    """`dit.*` by Wan's names, `autoencoder.*`, fp32."""
+    device: str = "cpu"
+    """"cpu", "cuda" or "cuda:N"."""
+    precision: str = "fp32"
+    seed: int = 0
+    threads: int | None = None
+    """CPU threads; None leaves the engine's own default."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise EngineError(f"expected a precision among {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not 0 <= self.seed < 2**64:
+            raise EngineError(f"expected a seed from 0 to 2**64 - 1, got {self.seed}")
+        if self.threads is not None and self.threads < 1:
+            raise EngineError(f"expected at least one thread, got {self.threads}")
+
+
+class Engine(Protocol):
+    """How a unit is made. Calls come from one thread, in the order of the units.
+
+    For every unit: `set_text`, then `denoise` from the highest noise level to the lowest, `decode`, and `commit` when
+    its clean latents are to be remembered. A unit that is denoised but not yet committed may be done again.
+    """
+
+    name: ClassVar[str]
+    fuses: ClassVar[bool]
+    """Can `denoise` take the previous unit's commit into its own pass?"""
+
+    @classmethod
+    def supported(cls, spec: Spec) -> str | None:
+        """None when this engine can run `spec` on this machine, else the reason why not, in one sentence."""
+        ...
+
+    def prepare(self, spec: Spec) -> None:
+        """Loads weights and allocates everything, once. WeightsError when they do not fit the configuration."""
+        ...
+
+    def set_text(self, unit_context: np.ndarray) -> None:
+        """float32 rows [L, width] that every later pass reads, until the next call."""
+        ...
+
+    def noise(self, unit: int, step: int) -> Latents:
+        """Standard normals of one unit: a function of seed, unit and step alone."""
+        ...
+
+    def denoise(self, latents: Latents, t: float, unit: int, commit: Latents | None = None) -> Latents:
+        """The estimate of x0 from latents at time t = 1000 s. `commit`: the previous unit's clean latents, remembered
+        in the same pass, under the same text; EngineError where the engine cannot."""
+        ...
+
+    def commit(self, latents: Latents, unit: int) -> None:
+        """The clean pass (t = 0) that writes a unit's keys and values into the ring. Any unit that the ring still
+        holds may be committed again, each seeing what the ring holds of its past."""
+        ...
+
+    def encode(self, image: np.ndarray) -> Latents:
+        """The latents of a picture, (H, W, 3) uint8 of the model's frame size, as unit 0 of a stream."""
+        ...
+
+    def decode(self, latents: Latents) -> np.ndarray:
+        """The next unit's pixels, (frames, H, W, 3) uint8, on the host."""
+        ...
+
+    def rewind(self, unit: int) -> None:
+        """Forgets `unit` and what came after it, at most one unit back from the last one decoded: the ring's spare
+        unit and the decoder's last state make this free. EngineError further back."""
+        ...
+
+    def snapshot(self) -> Any:
+        """The exact state between two units, independent of what the engine does later."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a snapshot of the same engine, model and precision; EngineError for another one."""
+        ...
+
+    def close(self) -> None:
+        """Frees the memory. The engine cannot be used afterwards."""
+        ...
+
+
+# ---------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True)
+class _Entry:
+    module: str
+    name: str
+    needs: tuple[str, ...]
+    """Importable modules without which the engine's own module cannot be imported."""
+    extra: str
+    """What to install where they are missing."""
+
+
+_ENGINES = {
+    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), extra="torch"),
+}
+"""Every engine of this build, the preferred one first."""
+
+
+def names() -> tuple[str, ...]:
+    """The engines of this build, the preferred one first."""
+    return tuple(_ENGINES)
+
+
+def refusal(name: str, spec: Spec) -> str | None:
+    """Why the engine cannot run `spec` here, or None."""
+    entry = _ENGINES[name]
+    missing = [module for module in entry.needs if find_spec(module) is None]
+    if missing:
+        return f"{', '.join(missing)} is not installed: pip install 'cfrt[{entry.extra}]'"
+    return _load(name).supported(spec)
+
+
+def choose(name: str, spec: Spec) -> tuple[type[Engine], dict[str, str]]:
+    """The engine of that name, or for "auto" the first one that can run `spec` (CFRT_ENGINE overrides "auto").
+
+    Gives its class and the refusals of those that were asked before it. EngineError when the name is unknown, when the
+    named engine refuses (with its reason and the alternative), or when all do."""
+    name = os.environ.get("CFRT_ENGINE") or name if name == "auto" else name
+    if name != "auto" and name not in _ENGINES:
+        raise EngineError(f"there is no engine {name!r} in this build; expected auto or {' or '.join(_ENGINES)}")
+    refusals: dict[str, str] = {}
+    for candidate in _ENGINES if name == "auto" else (name,):
+        reason = refusal(candidate, spec)
+        if reason is None:
+            return _load(candidate), refusals
+        refusals[candidate] = reason
+    raise EngineError(_no_engine(name, refusals, spec))
+
+
+def _no_engine(name: str, refusals: Mapping[str, str], spec: Spec) -> str:
+    reasons = "; ".join(f"{engine}: {reason}" for engine, reason in refusals.items())
+    if name == "auto":
+        return f"no engine can run {spec.config.name!r} here ({reasons})"
+    others = [other for other in _ENGINES if other != name and refusal(other, spec) is None]
+    return f"engine {name!r} cannot run {spec.config.name!r} ({reasons}); " + (
+        f"these can: {', '.join(others)}" if others else "no other engine of this build can either"
+    )
+
+
+def _load(name: str) -> type[Engine]:
+    entry = _ENGINES[name]
+    engine: type[Engine] = getattr(import_module(entry.module), entry.name)
+    return engine

@@ -1,0 +1,224 @@
+"""The engine protocol: choosing, and what every engine must keep. `torch` is the one that defines what is right."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from student_fixture import random_weights, small_config
+
+from cfrt import engines, flow
+from cfrt.config import AutoencoderConfig, ModelConfig
+from cfrt.engines import Engine, Spec, choose, names, refusal
+from cfrt.engines.torch import TorchEngine
+from cfrt.errors import EngineError, WeightsError
+
+pytestmark = pytest.mark.cpu
+
+
+def spec_of(config: ModelConfig, **changes: Any) -> Spec:
+    return Spec(config=config, weights=random_weights(config), **{"precision": "fp64", "seed": 5, **changes})
+
+
+def prepared(config: ModelConfig, **changes: Any) -> TorchEngine:
+    engine = TorchEngine()
+    engine.prepare(spec_of(config, **changes))
+    engine.set_text(rows(1))
+    return engine
+
+
+def rows(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((4, 16)).astype(np.float32)
+
+
+def denoised(engine: Engine, config: ModelConfig, unit: int, commit: Any = None) -> Any:
+    x = engine.noise(unit, 0)
+    for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
+        if step:
+            x = flow.renoise(x, engine.noise(unit, step), s)
+        x = engine.denoise(x, 1000 * s, unit, commit=commit if step == 0 else None)
+    return x
+
+
+def advance(engine: Engine, config: ModelConfig, units: range) -> list[np.ndarray]:
+    pixels = []
+    for unit in units:
+        x = denoised(engine, config, unit)
+        pixels.append(engine.decode(x))
+        engine.commit(x, unit)
+    return pixels
+
+
+GEOMETRIES = [{"unit": 1, "window": 4}, {"unit": 3, "window": 7, "sinks": 2}, {"unit": 1, "window": 3, "sinks": 1}]
+geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+
+
+@geometries
+def test_snapshot_and_restore_are_exact(geometry: dict[str, int]) -> None:
+    """Theorem 5: restore, then continue, equals uninterrupted, bit for bit; also into a fresh engine."""
+    config = small_config(**geometry)
+    engine = prepared(config, precision="fp32")
+    advance(engine, config, range(6))
+    snapshot = engine.snapshot()
+    expected = advance(engine, config, range(6, 12))
+    engine.restore(snapshot)
+    np.testing.assert_array_equal(advance(engine, config, range(6, 12)), expected)
+    other = prepared(config, precision="fp32")
+    other.restore(snapshot)
+    np.testing.assert_array_equal(advance(other, config, range(6, 12)), expected)
+
+
+@geometries
+def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int]) -> None:
+    """Theorem 3 for `rewind`: denoised, decoded and committed under another text, then done again."""
+    config = small_config(**geometry)
+    plain, engine = prepared(config), prepared(config)
+    expected = advance(plain, config, range(8))
+    advance(engine, config, range(6))
+    engine.set_text(rows(2))
+    advance(engine, config, range(6, 7))
+    engine.rewind(6)
+    engine.set_text(rows(1))
+    np.testing.assert_array_equal(np.concatenate(advance(engine, config, range(6, 8))), np.concatenate(expected[6:]))
+
+
+def test_rewind_goes_one_unit_back_and_no_further() -> None:
+    config = small_config()
+    engine = prepared(config)
+    advance(engine, config, range(3))
+    with pytest.raises(EngineError, match="back to unit 2 at most"):
+        engine.rewind(1)
+    engine.rewind(2)
+    engine.rewind(2)
+    advance(engine, config, range(2, 4))
+
+
+@geometries
+def test_fused_commit_equals_separate_commit(geometry: dict[str, int]) -> None:
+    """Theorem 4 for `torch`, where fusing is commit, then denoise."""
+    config = small_config(**geometry)
+    engine, fused = prepared(config), prepared(config)
+    expected = advance(engine, config, range(6))
+    pixels, owed = [], None
+    for unit in range(6):
+        owed = denoised(fused, config, unit, commit=owed)
+        pixels.append(fused.decode(owed))
+    np.testing.assert_array_equal(np.concatenate(pixels), np.concatenate(expected))
+
+
+@geometries
+def test_committing_the_window_again_forgets_whether_a_unit_was_made_ahead(geometry: dict[str, int]) -> None:
+    """A recache gives the same ring, whether or not the next unit was begun before it was called off."""
+    config = small_config(**geometry)
+    results = []
+    for ahead in (False, True):
+        engine = prepared(config)
+        past = []
+        for unit in range(7):
+            past.append(denoised(engine, config, unit))
+            engine.commit(past[-1], unit)
+        if ahead:
+            denoised(engine, config, 7)
+            engine.rewind(7)
+        engine.set_text(rows(2))
+        for unit in (5, 6):
+            engine.commit(past[unit], unit)
+        results.append(engine.decode(denoised(engine, config, 7)))
+    np.testing.assert_array_equal(*results)
+
+
+def test_text_changes_what_is_made() -> None:
+    config = small_config()
+    engine = prepared(config)
+    first = denoised(engine, config, 0)
+    engine.set_text(rows(2))
+    assert (first != denoised(engine, config, 0)).any()
+
+
+def test_noise_is_a_function_of_seed_unit_and_step() -> None:
+    config = small_config()
+    engine, other = prepared(config), prepared(config, seed=6)
+    base = engine.noise(2, 1)
+    assert base.shape == (1, 1, 4, 2, 2)
+    assert (engine.noise(2, 1) == base).all()
+    for different in (engine.noise(3, 1), engine.noise(2, 0), other.noise(2, 1)):
+        assert (different != base).any()
+
+
+def test_encode_then_decode_is_the_autoencoders_own_picture() -> None:
+    config = small_config()
+    engine = prepared(config)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    latents = engine.encode(image)
+    assert latents.shape == (1, 1, 4, 2, 2)
+    assert engine.decode(latents).shape == (1, 32, 32, 3)
+
+
+def test_a_pass_without_text_says_so() -> None:
+    config = small_config()
+    engine = TorchEngine()
+    engine.prepare(spec_of(config))
+    with pytest.raises(EngineError, match="set_text"):
+        denoised(engine, config, 0)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    weights = random_weights(small_config())
+    with pytest.raises(WeightsError, match="do not fit"):
+        TorchEngine().prepare(Spec(config=small_config(width=48), weights=weights))
+    del weights["autoencoder.latent_mean"]
+    with pytest.raises(WeightsError, match="latent_mean"):
+        TorchEngine().prepare(Spec(config=small_config(), weights=weights))
+
+
+def test_a_snapshot_of_something_else_is_refused() -> None:
+    with pytest.raises(EngineError, match="expected a snapshot of the torch engine, got dict"):
+        prepared(small_config()).restore({})
+
+
+# ---------------------------------------------------------------------- choosing
+
+
+def wan_decoder() -> ModelConfig:
+    return small_config(autoencoder=AutoencoderConfig(kind="wan", latent_channels=4, spatial=16))
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    engine, refusals = choose("auto", spec_of(small_config()))
+    assert engine is TorchEngine
+    assert refusals == {}
+
+
+def test_a_refusal_gives_its_reason() -> None:
+    spec = Spec(config=wan_decoder(), weights={})
+    assert "kind 'wan'" in (refusal("torch", spec) or "")
+    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(torch: .*'wan'"):
+        choose("auto", spec)
+    with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'wan'.*no other engine"):
+        choose("torch", spec)
+
+
+def test_a_missing_framework_is_a_refusal_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert refusal("torch", spec_of(small_config())) == "torch is not installed: pip install 'cfrt[torch]'"
+
+
+def test_an_unknown_engine_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match=f"no engine 'warp'.*{names()[0]}"):
+        choose("warp", spec_of(small_config()))
+    monkeypatch.setenv("CFRT_ENGINE", "warp")
+    with pytest.raises(EngineError, match="no engine 'warp'"):
+        choose("auto", spec_of(small_config()))
+    assert choose("torch", spec_of(small_config()))[0] is TorchEngine
+
+
+def test_no_cuda_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "finds no CUDA device" in (refusal("torch", spec_of(small_config(), device="cuda")) or "")
+    assert "not on 'tpu'" in (refusal("torch", spec_of(small_config(), device="tpu")) or "")
+
+
+@pytest.mark.parametrize("wrong", [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"threads": 0}], ids=str)
+def test_a_spec_that_makes_no_sense(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="expected"):
+        spec_of(small_config(), **wrong)

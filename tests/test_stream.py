@@ -1,0 +1,611 @@
+"""The stream: theorems 3, 5 and 7 of a whole stream, and the manners of its thread."""
+
+import gc
+import threading
+import time
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from student_fixture import BLUE, RED, random_weights, save_student, small_config
+
+import cfrt
+from cfrt import flow, noise
+from cfrt.clock import Clock
+from cfrt.engines.torch import TorchEngine
+from cfrt.nn.autoencoder import Autoencoder
+from cfrt.nn.dit import CausalDiT
+from cfrt.text import TableText, encoder
+from cfrt.timeline import Timeline
+from cfrt.weights import part
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture
+def open_stream(student: Path) -> Iterator[Callable[..., cfrt.Stream]]:
+    """Streams at full speed that are closed when the test ends."""
+    streams = []
+
+    def make(prompt: str = RED, **changes: Any) -> cfrt.Stream:
+        streams.append(cfrt.Stream(prompt, **{"model": student, "fps": "max", "seed": 7, **changes}))
+        return streams[-1]
+
+    yield make
+    for stream in streams:
+        stream.close()
+
+
+def pixels(frames: Iterator[cfrt.Frame]) -> np.ndarray:
+    return np.stack([frame.pixels for frame in frames])
+
+
+def workers() -> int:
+    return sum(thread.name == "cfrt-stream" for thread in threading.enumerate())
+
+
+# ---------------------------------------------------------------------- theorem 3: streaming == offline
+
+
+GEOMETRIES = [
+    {"unit": 1, "window": 4},
+    {"unit": 3, "window": 6},
+    {"unit": 3, "window": 7, "sinks": 2},
+    {"unit": 1, "window": 9, "sinks": 1},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("fps", ["max", 10_000.0])
+def test_streaming_equals_offline(geometry: dict[str, int], fps: str | float, tmp_path: Path) -> None:
+    """Offline has no ring, no commit, no thread and no decoder state: every pass looks at the whole clean past under a
+    mask, and the whole latent is decoded at once. The prompt changes at unit 4."""
+    config = small_config(**geometry)
+    units, change = 7, 4
+    expected = offline(config, random_weights(config), seed=7, texts=[RED] * change + [BLUE] * (units - change))
+    count = config.first_frame(units)
+    with cfrt.Stream(RED, model=save_student(tmp_path, config), seed=7, fps=fps, precision="fp64") as stream:
+        frames = list(stream.frames(config.first_frame(change)))
+        assert stream.prompt(BLUE).unit == change
+        frames += stream.frames(count - len(frames))
+    np.testing.assert_array_equal(np.stack([frame.pixels for frame in frames]), expected)
+    assert [frame.index for frame in frames] == list(range(count))
+    assert [frame.time for frame in frames] == [index / 16 for index in range(count)]
+    assert [frame.unit for frame in frames] == [u for u in range(units) for _ in range(config.unit_frames(u))]
+    assert [frame.prompt for frame in frames] == [RED if frame.unit < change else BLUE for frame in frames]
+
+
+@torch.no_grad()
+def offline(config: Any, weights: dict[str, np.ndarray], seed: int, texts: list[str]) -> np.ndarray:
+    weights = {name: array.astype(np.float16).astype(np.float64) for name, array in weights.items()}  # as stored
+    dit = CausalDiT.from_arrays(config, part(weights, "dit")).double()
+    autoencoder = Autoencoder(config.autoencoder).double()
+    autoencoder.load_state_dict({name: torch.tensor(array) for name, array in part(weights, "autoencoder").items()})
+    text = encoder(config, weights)
+    known = sorted(set(texts))
+    text_kv = dit.text_kv(torch.tensor(np.stack([text.encode(t).rows for t in known]), dtype=torch.float64)[None])
+    captions = torch.tensor([[known.index(t) for t in texts for _ in range(config.unit)]])
+    shape = (1, config.unit, config.latent_channels, *config.latent_grid)
+    clean = torch.zeros(1, 0, *shape[2:], dtype=torch.float64)
+    for unit in range(len(texts)):
+        end = (unit + 1) * config.unit
+        mask = torch.from_numpy(config.geometry.causal_mask(end))
+        x0 = None
+        for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
+            e = torch.tensor(noise.normal(seed, unit, step, noise.Purpose.SAMPLE, shape), dtype=torch.float64)
+            x = e if x0 is None else flow.renoise(x0, e, s)
+            t = torch.cat([torch.zeros(1, unit * config.unit), torch.full((1, config.unit), 1000 * s)], 1).double()
+            v = dit(torch.cat([clean, x], 1), t, text_kv, captions[:, :end], mask=mask)
+            x0 = flow.x0_from_v(x, v[:, -config.unit :], s)
+        assert x0 is not None
+        clean = torch.cat([clean, x0], 1)
+    video, _ = autoencoder.decode(clean)
+    return (video[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+# ---------------------------------------------------------------------- same seed, same bytes
+
+
+def test_same_seed_same_bytes_whatever_the_pace(open_stream: Callable[..., cfrt.Stream]) -> None:
+    first = pixels(open_stream().frames(30))
+    np.testing.assert_array_equal(first, pixels(open_stream().frames(30)))
+    np.testing.assert_array_equal(first, pixels(open_stream(fps=500.0).frames(30)))
+    assert (first != pixels(open_stream(seed=8).frames(30))).any()
+
+
+def test_frames_goes_on_where_it_stopped(open_stream: Callable[..., cfrt.Stream]) -> None:
+    whole = list(open_stream().frames(21))
+    stream = open_stream()
+    parts = [frame for count in (1, 0, 7, 13) for frame in stream.frames(count)]
+    assert [frame.index for frame in parts] == list(range(21))
+    np.testing.assert_array_equal(pixels(iter(parts)), pixels(iter(whole)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"), [({"n": 5}, 5), ({"seconds": 1.0}, 16), ({"seconds": 0.1}, 2), ({"n": 0}, 0)], ids=str
+)
+def test_exact_counts(asked: dict[str, Any], count: int, open_stream: Callable[..., cfrt.Stream]) -> None:
+    assert len(list(open_stream().frames(**asked))) == count
+
+
+@pytest.mark.parametrize(
+    "asked", [{"n": 1, "seconds": 1.0}, {"n": -1}, {"seconds": -1.0}, {"seconds": np.nan}, {"seconds": np.inf}], ids=str
+)
+def test_counts_that_make_no_sense(asked: dict[str, Any], open_stream: Callable[..., cfrt.Stream]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        open_stream().frames(**asked)
+
+
+def test_a_frame_describes_itself(open_stream: Callable[..., cfrt.Stream]) -> None:
+    frame = next(open_stream().frames())
+    assert (frame.pixels.shape, frame.pixels.dtype) == ((32, 32, 3), np.uint8)
+    assert repr(frame).startswith("Frame(pixels=(32, 32, 3) uint8, index=0, time=0.0000, unit=0, latency=0.")
+    assert np.asarray(frame) is not None
+    assert (np.asarray(frame) == frame.pixels).all()
+    assert frame._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(AttributeError):
+        frame.index = 3  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------- prompt
+
+
+def test_a_change_applies_to_the_first_unit_not_yet_shown(open_stream: Callable[..., cfrt.Stream]) -> None:
+    """With flush: the unit made ahead is made again, and nothing of the old prompt is left in the queue."""
+    stream = open_stream()
+    frames = list(stream.frames(6))  # one frame into unit 2
+    change = stream.prompt(BLUE)
+    frames += stream.frames(15)
+    assert change == cfrt.Change(unit=3, recache_ms=None)
+    assert [frame.prompt for frame in frames] == [BLUE if frame.unit >= 3 else RED for frame in frames]
+    assert [frame.index for frame in frames] == list(range(21))
+    assert stream.stats.change_to_pixel.count == 1
+
+
+def test_without_flush_what_is_made_is_shown(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream()
+    frames = list(stream.frames(6))
+    wait_until(lambda: stream.stats.units == 4)  # unit 3 waits in the queue
+    assert stream.prompt(BLUE, flush=False).unit == 4
+    frames += stream.frames(15)
+    assert [frame.prompt for frame in frames] == [BLUE if frame.unit >= 4 else RED for frame in frames]
+
+
+def test_the_latest_change_wins(open_stream: Callable[..., cfrt.Stream]) -> None:
+    expected, stream = open_stream(), open_stream()
+    list(expected.frames(6)), list(stream.frames(6))
+    expected.prompt(BLUE)
+    for text in ("a red square", "a circle at night", BLUE):
+        assert stream.prompt(text).unit == 3
+    np.testing.assert_array_equal(pixels(stream.frames(15)), pixels(expected.frames(15)))
+
+
+def test_a_change_before_the_first_frame_replaces_the_prompt(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream(RED)
+    assert stream.prompt(BLUE, blend_units=3).unit == 0
+    np.testing.assert_array_equal(pixels(stream.frames(13)), pixels(open_stream(BLUE).frames(13)))
+
+
+def test_changing_back_and_forth_leaves_no_trace(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream, plain = open_stream(), open_stream()
+    got = []
+    for _ in range(6):
+        got += [frame.pixels for frame in stream.frames(5)]
+        stream.prompt(BLUE)
+        stream.prompt(RED)
+    np.testing.assert_array_equal(got, pixels(plain.frames(30)))
+
+
+def test_blend_units_cross_fade_the_rows(open_stream: Callable[..., cfrt.Stream]) -> None:
+    a, b = np.zeros((4, 16), np.float32), np.ones((4, 16), np.float32)
+    timeline = Timeline("a", a)
+    timeline.change(5, "b", b, blend_units=3)
+    assert [float(timeline.at(unit).rows[0, 0]) for unit in range(3, 11)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert timeline.at(8).rows is timeline.at(9).rows
+    timeline.change(7, "a", a, blend_units=1)  # from the middle of the cross-fade
+    assert [float(timeline.at(unit).rows[0, 0]) for unit in range(5, 10)] == [0.25, 0.5, 0.25, 0, 0]
+
+    plain, blended = open_stream(), open_stream()
+    list(plain.frames(5)), list(blended.frames(5))
+    plain.prompt(BLUE), blended.prompt(BLUE, blend_units=2)
+    assert (pixels(plain.frames(4)) != pixels(blended.frames(4))).any()
+
+
+def test_recache_commits_the_window_again(open_stream: Callable[..., cfrt.Stream]) -> None:
+    """What follows depends on it, and does not depend on what was made ahead or on the pace."""
+    results = {}
+    for name, pace, recache in (("plain", "max", False), ("fast", "max", True), ("paced", 200.0, True)):
+        stream = open_stream(fps=pace)
+        list(stream.frames(25))
+        if name == "paced":
+            wait_until(lambda stream=stream: stream.stats.units == 8)
+        change = stream.prompt(BLUE, recache=recache)
+        assert change.unit == 7
+        assert (change.recache_ms is not None) == recache
+        results[name] = pixels(stream.frames(8))
+    np.testing.assert_array_equal(results["fast"], results["paced"])
+    assert (results["fast"] != results["plain"]).any()
+
+
+def test_recache_is_the_stated_recommit(student: Path, open_stream: Callable[..., cfrt.Stream]) -> None:
+    """The same by hand: the units that the next one sees are committed again, oldest first, under the new text."""
+    config, weights = small_config(), random_weights(small_config())
+    weights = {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
+    engine = TorchEngine()
+    engine.prepare(cfrt.engines.Spec(config=config, weights=weights, seed=7))
+    text = TableText(config.text, weights["text.table"])
+    engine.set_text(text.encode(RED).rows)
+    past = []
+    for unit in range(8):
+        if unit == 7:
+            engine.set_text(text.encode(BLUE).rows)
+            for old in (4, 5, 6):  # a window of four: three units of the past
+                engine.commit(past[old], old)
+        x = engine.noise(unit, 0)
+        for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
+            x = flow.renoise(x, engine.noise(unit, step), s) if step else x
+            x = engine.denoise(x, 1000 * s, unit)
+        shown = engine.decode(x)
+        engine.commit(x, unit)
+        past.append(x)
+    stream = open_stream()
+    list(stream.frames(25))
+    stream.prompt(BLUE, recache=True)
+    np.testing.assert_array_equal(pixels(stream.frames(4)), shown)
+
+
+def test_a_prompt_that_cannot_be_read_changes_nothing(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream()
+    first = pixels(stream.frames(5))
+    for wrong in ("", "zebra", "x" * 2000):
+        with pytest.raises(cfrt.PromptError):
+            stream.prompt(wrong)
+    with pytest.raises(ValueError, match="blend_units"):
+        stream.prompt(BLUE, blend_units=-1)
+    np.testing.assert_array_equal(np.concatenate([first, pixels(stream.frames(8))]), pixels(open_stream().frames(13)))
+
+
+def test_unknown_words_are_warned_about_where_they_were_written(open_stream: Callable[..., cfrt.Stream]) -> None:
+    with pytest.warns(cfrt.PromptWarning, match="'zebra'"):
+        stream = open_stream("a red zebra")
+    with pytest.warns(cfrt.PromptWarning, match="'giraffe'") as caught:
+        stream.prompt("a blue giraffe")
+    assert caught[0].filename == __file__
+
+
+# ---------------------------------------------------------------------- image
+
+
+def test_a_stream_can_start_from_a_picture(open_stream: Callable[..., cfrt.Stream]) -> None:
+    """The picture is unit 0: frame 0 is its reconstruction, it is committed, unit 1 takes the first unit's steps."""
+    config, engine = small_config(), TorchEngine()
+    weights = {name: array.astype(np.float16).astype(np.float32) for name, array in random_weights(config).items()}
+    engine.prepare(cfrt.engines.Spec(config=config, weights=weights, seed=7))
+    image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    engine.set_text(encoder(config, weights).encode(RED).rows)
+    clean = engine.encode(image)
+    expected = [engine.decode(clean)]
+    engine.commit(clean, 0)
+    x = engine.noise(1, 0)
+    for step, s in enumerate(flow.sigmas((1.0, 0.75, 0.5, 0.25), config.shift)):
+        x = flow.renoise(x, engine.noise(1, step), s) if step else x
+        x = engine.denoise(x, 1000 * s, 1)
+    expected.append(engine.decode(x))
+    stream = open_stream(image=image)
+    np.testing.assert_array_equal(pixels(stream.frames(5)), np.concatenate(expected))
+    assert [frame.index for frame in stream.frames(2)] == [5, 6]
+
+
+def test_a_picture_that_does_not_fit(open_stream: Callable[..., cfrt.Stream], tmp_path: Path) -> None:
+    for wrong in (np.zeros((16, 32, 3), np.uint8), np.zeros((32, 32, 3)), [[1, 2]]):
+        with pytest.raises(cfrt.VideoError, match=r"expected a picture \(32, 32, 3\) uint8"):
+            open_stream(image=wrong)
+    chunkwise = save_student(tmp_path, small_config(unit=3, window=6))
+    with pytest.raises(cfrt.EngineError, match="frame-wise"):
+        open_stream(model=chunkwise, image=np.zeros((32, 32, 3), np.uint8))
+
+
+# ---------------------------------------------------------------------- theorem 5: snapshots
+
+
+@pytest.mark.parametrize("pace", ["max", 1000.0])
+def test_restore_continues_as_if_nothing_had_happened(
+    pace: str | float, open_stream: Callable[..., cfrt.Stream]
+) -> None:
+    stream = open_stream(fps=pace)
+    list(stream.frames(19))
+    stream.prompt(BLUE, blend_units=2)
+    list(stream.frames(4))
+    snapshot = stream.snapshot()
+    expected = list(stream.frames(25))
+    stream.prompt("a square at night")
+    list(stream.frames(9))
+    stream.restore(snapshot)
+    again = list(stream.frames(25))
+    other = open_stream(BLUE, fps=pace)
+    other.restore(snapshot)
+    for got in (again, list(other.frames(25))):
+        assert [(f.index, f.unit, f.prompt) for f in got] == [(f.index, f.unit, f.prompt) for f in expected]
+        np.testing.assert_array_equal(pixels(iter(got)), pixels(iter(expected)))
+    assert repr(snapshot) == "Snapshot(model='small', engine='torch', unit=6)"
+
+
+def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt.Stream]) -> None:
+    snapshot = open_stream().snapshot()
+    with pytest.raises(cfrt.EngineError, match="expected a snapshot of"):
+        open_stream(seed=8).restore(snapshot)
+
+
+# ---------------------------------------------------------------------- theorem 7: flat
+
+
+def test_memory_and_time_per_unit_are_flat(open_stream: Callable[..., cfrt.Stream]) -> None:
+    """Short form: 300 units. Time is compared with itself, never with the clock on the wall."""
+    stream = open_stream()
+    frames = stream.frames()
+    spans: list[float] = []
+
+    def advance(units: int) -> None:
+        for _ in range(units):
+            begin = time.perf_counter()
+            for _ in range(4):
+                next(frames)
+            spans.append(time.perf_counter() - begin)
+
+    advance(60)
+    tracemalloc.start()
+    try:
+        advance(40)
+        gc.collect()
+        early = tracemalloc.get_traced_memory()[0]
+        advance(100)
+        gc.collect()
+        late = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert late - early < 100_000, f"{late - early} bytes more after 100 units"
+    advance(100)
+    assert median(spans[-60:]) < 2 * median(spans[:60]), "units take longer and longer"
+
+
+# ---------------------------------------------------------------------- manners of the thread
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("waited ten seconds in vain")
+
+
+def test_at_most_one_unit_ahead(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream()
+    wait_until(lambda: stream.stats.units == 1)
+    time.sleep(0.05)
+    assert stream.stats.units == 1
+    list(stream.frames(1))
+    wait_until(lambda: stream.stats.units == 2)
+    list(stream.frames(1))  # one frame of unit 1
+    wait_until(lambda: stream.stats.units == 3)
+    list(stream.frames(3))  # the rest of it
+    time.sleep(0.05)
+    assert stream.stats.units == 3
+
+
+def test_frames_leave_before_the_commit(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    commit = TorchEngine.commit
+
+    def slow(self: TorchEngine, latents: Any, unit: int) -> None:
+        assert gate.wait(10)
+        commit(self, latents, unit)
+
+    monkeypatch.setattr(TorchEngine, "commit", slow)
+    with cfrt.Stream(RED, model=student, fps=1000.0) as stream:
+        assert next(stream.frames()).index == 0
+        gate.set()
+
+
+def test_dropping_a_stream_ends_its_thread(student: Path) -> None:
+    before = workers()
+    for _ in range(3):
+        for _frame in cfrt.Stream(RED, model=student, fps="max").frames():
+            break
+    abandoned = cfrt.Stream(RED, model=student, fps="max")
+    generator = abandoned.frames()
+    next(generator)
+    reference = weakref.ref(abandoned)
+    del abandoned, generator, _frame
+    gc.collect()
+    assert reference() is None
+    assert workers() == before
+
+
+def test_a_with_block_closes(student: Path) -> None:
+    before = workers()
+    with cfrt.Stream(RED, model=student, fps="max") as stream:
+        frames = stream.frames()
+        next(frames)
+        assert workers() == before + 1
+    assert workers() == before
+    assert list(frames) == []
+    stream.close()
+    for use in (stream.frames, stream.snapshot, lambda: stream.prompt(BLUE)):
+        with pytest.raises(cfrt.CfrtError, match="closed"):
+            use()
+    assert "closed" in repr(stream)
+
+
+def test_closing_wakes_a_waiting_consumer(student: Path) -> None:
+    stream = cfrt.Stream(RED, model=student, fps=0.01)
+    list(stream.frames(1))
+    threading.Timer(0.1, stream.close).start()
+    begin = time.perf_counter()
+    assert list(stream.frames(1)) == []  # due in 100 s
+    assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize("pace", ["max", 1000.0])
+def test_what_goes_wrong_in_the_thread_reaches_the_consumer(
+    pace: str | float, open_stream: Callable[..., cfrt.Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = TorchEngine.decode
+
+    def broken(self: TorchEngine, latents: Any) -> np.ndarray:
+        if self._decoded == 3:
+            raise MemoryError("no room for unit 3")
+        return decode(self, latents)
+
+    monkeypatch.setattr(TorchEngine, "decode", broken)
+    stream = open_stream(fps=pace)
+    frames = stream.frames()
+    assert [next(frames).index for _ in range(9)] == list(range(9))  # what was right is delivered
+    with pytest.raises(MemoryError, match="unit 3"):
+        next(frames)
+    for use in (lambda: next(stream.frames()), stream.snapshot, lambda: stream.prompt(BLUE)):
+        with pytest.raises(MemoryError, match="unit 3"):
+            use()
+
+
+def test_errors_of_construction_leave_no_thread(student: Path, tmp_path: Path) -> None:
+    before = workers()
+    for prompt, changes, error in (
+        ("", {}, cfrt.PromptError),
+        (RED, {"model": tmp_path}, cfrt.WeightsError),
+        (RED, {"engine": "warp"}, cfrt.EngineError),
+        (RED, {"seed": -1}, cfrt.EngineError),
+        (RED, {"fps": 0}, ValueError),
+        (RED, {"fps": "fast"}, ValueError),
+        (RED, {"keep": "some"}, ValueError),
+        (RED, {"keep": "latest", "fps": "max"}, ValueError),
+    ):
+        with pytest.raises(error):
+            cfrt.Stream(prompt, **{"model": student, **changes})
+    assert workers() == before
+
+
+def test_statistics(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream(fps=2000.0)
+    assert stream.stats.unit_duration == 0.25
+    list(stream.frames(21))
+    stats = stream.stats
+    assert stats.frames == 21
+    assert stats.dropped == 0
+    assert stats.time_to_first_frame is not None
+    assert 0 < stats.latency.p50 <= stats.latency.p95 <= stats.latency.p99
+    assert stats.latency.p50 < stats.unit.p99
+    assert stats.decode.count >= 6
+    assert stats.commit.count >= 5
+    assert stats.ring == (3, 3)
+    assert stats.real_time
+    assert "p50=" in repr(stats.latency)
+
+
+# ---------------------------------------------------------------------- pacing
+
+
+def test_the_beat() -> None:
+    clock = Clock(10.0)
+    assert clock.delay(0, 5.0) == 0
+    clock.tick(0, 5.0)
+    assert clock.delay(1, 5.0) == pytest.approx(0.1)
+    clock.tick(1, 5.14)  # jitter: the beat stays
+    assert clock.delay(2, 5.14) == pytest.approx(0.06)
+    clock.tick(2, 8.0)  # a stall: the beat moves, nothing is made up for
+    assert clock.delay(3, 8.0) == pytest.approx(0.1)
+    clock.reset()
+    assert clock.delay(3, 9.0) == 0
+
+
+def test_a_live_beat_waits_for_no_consumer() -> None:
+    clock = Clock(10.0, live=True)
+    assert clock.newest(1.0) == -1
+    clock.tick(0, 5.0)
+    assert clock.newest(5.95) == 9
+    clock.tick(9, 5.99)  # fetched late, but it is the newest: the beat stays
+    assert clock.newest(6.05) == 10
+    clock.tick(10, 6.3)  # the newest itself came late: the beat moves
+    assert clock.newest(6.35) == 10
+
+
+def test_frames_are_paced(open_stream: Callable[..., cfrt.Stream]) -> None:
+    """Never early: a lower bound, which no slow machine can break."""
+    begin = time.perf_counter()
+    list(open_stream(fps=100.0).frames(21))
+    assert time.perf_counter() - begin >= 0.19
+
+
+def test_a_stall_of_the_consumer_is_not_made_up_for(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream(fps=50.0)
+    list(stream.frames(3))
+    time.sleep(0.3)
+    times = []
+    for _ in stream.frames(4):
+        times.append(time.perf_counter())
+    assert min(np.diff(times)) >= 0.009  # half a period, and a little for the clock
+
+
+def test_latest_skips_what_a_slow_consumer_missed(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream(fps=100.0, keep="latest")
+    frames = stream.frames()
+    seen = [next(frames)]
+    for _ in range(5):
+        time.sleep(0.1)
+        seen.append(next(frames))
+    gaps = np.diff([frame.index for frame in seen])
+    assert max(gaps) > 2
+    assert stream.stats.dropped == seen[-1].index + 1 - len(seen)
+    assert stream.stats.frames == len(seen)
+    assert stream.prompt(BLUE).unit > seen[-1].unit
+    while (frame := next(frames)).prompt == RED:
+        assert frame.unit < seen[-1].unit + 50
+    assert frame.prompt == BLUE
+
+
+def test_two_consumers_share_one_stream(open_stream: Callable[..., cfrt.Stream]) -> None:
+    stream = open_stream()
+    seen: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: seen.extend(frame.index for frame in stream.frames(20))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == list(range(40))
+
+
+def test_prompts_from_another_thread(open_stream: Callable[..., cfrt.Stream]) -> None:
+    """However fast they come, frames keep coming, none lost or doubled, and every unit is made from one text."""
+    stream = open_stream()
+    stop = threading.Event()
+
+    def fidget() -> None:
+        texts = [RED, BLUE]
+        while not stop.is_set():
+            stream.prompt(texts[0], recache=len(texts[0]) % 2 == 0)
+            texts.reverse()
+
+    thread = threading.Thread(target=fidget)
+    thread.start()
+    frames = list(stream.frames(41))
+    stop.set()
+    thread.join()
+    assert [frame.index for frame in frames] == list(range(41))
+    by_unit: dict[int, set[str]] = {}
+    for frame in frames:
+        by_unit.setdefault(frame.unit, set()).add(frame.prompt)
+    assert all(len(texts) == 1 for texts in by_unit.values())
+

@@ -56,9 +56,9 @@ def test_bidirectional_forward_equals_diffusers(theirs):
     """Bidirectional, one time per clip (all that diffusers knows), several frames, non-square grid."""
     ours = CausalDiT.from_arrays(CONFIG, to_wan(theirs))
     x, rows, t = torch.randn(2, 5, 16, 6, 8), torch.randn(2, 7, 20), torch.tensor([833.25, 12.0])
-    expected = theirs(
-        hidden_states=x.transpose(1, 2), timestep=t, encoder_hidden_states=rows, return_dict=False
-    )[0].transpose(1, 2)
+    expected = theirs(hidden_states=x.transpose(1, 2), timestep=t, encoder_hidden_states=rows, return_dict=False)[
+        0
+    ].transpose(1, 2)
     got = ours(x, t[:, None].expand(2, 5), ours.text_kv(rows[:, None]))
     assert expected.std() > 0.1
     assert (got - expected).abs().max() <= 2e-6 * max(1, expected.abs().max().item())

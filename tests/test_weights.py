@@ -111,13 +111,13 @@ def test_another_config(folder):
 def test_weights_of_another_version(folder, tensors):
     saved = {**CONFIG.to_dict(), "gates": 3}
     save_file({"text.table": np.ones(2, np.float16)}, folder / WEIGHTS_FILE, metadata={"config": json.dumps(saved)})
-    with pytest.raises(WeightsError, match="another version.*gates"):
+    with pytest.raises(WeightsError, match=r"another version.*gates"):
         weights.load_model(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 7e4])
 def test_unstorable_values_save_nothing(tmp_path, value):
-    with pytest.raises(WeightsError, match="text.table"):
+    with pytest.raises(WeightsError, match=r"text\.table"):
         weights.save_model(tmp_path / "model", CONFIG, {"text.table": np.array([1.0, value])})
     assert not (tmp_path / "model").exists()
 
@@ -218,7 +218,7 @@ def test_the_average_is_preferred_and_can_be_declined(tmp_path, state):
     torch.save({"generator": live, "generator_ema": state, "step": 3}, tmp_path / "two.pt")
     assert same(weights.read_checkpoint(tmp_path / "two.pt"), state)
     assert same(weights.read_checkpoint(tmp_path / "two.pt", "generator"), live)
-    with pytest.raises(WeightsError, match="expected 'model'.*generator_ema, generator"):
+    with pytest.raises(WeightsError, match=r"expected 'model'.*generator_ema, generator"):
         weights.read_checkpoint(tmp_path / "two.pt", "model")
 
 

@@ -9,7 +9,6 @@ Shapes: B batch, T latent frames, F of a unit, N tokens a frame, d width, H head
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import takewhile
 from typing import Self
 
@@ -24,6 +23,7 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 from ..flow import time_frequencies
 from ..weights import match
+from .constants import kept
 from .layers import Block, Head, Pass
 from .ring import Memory, RingCache
 from .rope import phases
@@ -271,11 +271,11 @@ class CausalDiT(nn.Module):
         return mine.repeat_interleave(self.config.frame_tokens, 1).repeat_interleave(rows, 2)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _teacher_forcing_mask(geometry: Geometry, frames: int, frame_tokens: int, device: torch.device) -> Tensor:
     return torch.from_numpy(to_tokens(geometry.teacher_forcing_mask(frames), frame_tokens)).to(device)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _time_frequencies(width: int, device: torch.device) -> Tensor:
     return torch.from_numpy(time_frequencies(width)).to(device)

@@ -133,10 +133,8 @@ class RingCache:
         start = unit * self.geometry.unit
         lost = [frame for frame in self._visible(unit) if frame < start and not self._holds(frame)]
         if start > self.next_frame or lost:
-            raise EngineError(
-                f"cannot rewind from frame {self.next_frame} to unit {unit} (frame {start}): "
-                + (f"frames {lost} have left the ring" if lost else "it lies ahead")
-            )
+            why = "it lies ahead" if start > self.next_frame else f"frames {lost} have left the ring"
+            raise EngineError(f"cannot rewind from frame {self.next_frame} to unit {unit} (frame {start}): {why}")
         self.frames = [EMPTY if frame >= start else frame for frame in self.frames]
         self.next_frame = start
 

@@ -7,10 +7,10 @@ height, then width, and interleaves the two numbers of a pair. Angles are fp64: 
 Shapes: T latent frames, N tokens a frame, H heads, D numbers a head, D/2 pairs.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from .constants import kept
 
 Axes = tuple[int, int, int]
 
@@ -20,7 +20,7 @@ def frequencies(pairs: int, theta: float) -> Tensor:
     return theta ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
 
 
-@lru_cache(maxsize=32)  # passes of a unit share one; all units of a training rollout fit
+@kept(32)  # passes of a unit share one; all units of a training rollout fit
 def phases(
     frames: tuple[int, ...],
     grid: tuple[int, int],

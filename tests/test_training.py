@@ -124,7 +124,9 @@ def test_a_stage_learns(name: str, recipe: recipes.Recipe, clips: data.Clips) ->
 
 def test_dmd_moves_the_student_and_not_the_real_score(recipe: recipes.Recipe) -> None:
     torch.manual_seed(0)
-    stage = dmd.Stage(dmd.Config(steps=4, batch=2, critic_warmup=1), recipe.model, DATA, Network(recipe.model), Network(recipe.model))
+    stage = dmd.Stage(
+        dmd.Config(steps=4, batch=2, critic_warmup=1), recipe.model, DATA, Network(recipe.model), Network(recipe.model)
+    )
     real = {k: v.clone() for k, v in stage.real.state_dict().items()}
     before = {k: v.clone() for k, v in stage.student.state_dict().items()}
     for index in range(2):

@@ -1,1 +1,2 @@
-"""Training: procedural worlds, data, the stages of Causal Forcing, the loop, evaluation. Run `python -m training --help`."""
+"""Training: procedural worlds, data, the stages of Causal Forcing, the loop, evaluation. Run `python -m training
+--help`."""

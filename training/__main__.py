@@ -13,10 +13,12 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, causal consistency distillation, asymmetric DMD.
+    """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, causal consistency distillation,
+    asymmetric DMD.
 
-    Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a contact
-    sheet (preview.png) and its averaged weights in its folder; the student and its card end up in OUT/student."""
+    Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a
+    contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in
+    OUT/student."""
 
     recipe: Annotated[Literal["tiny"], tyro.conf.Positional]
     """What to train."""

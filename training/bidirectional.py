@@ -1,11 +1,13 @@
 """Stage 1a: the bidirectional teacher, a flow-matching model of whole clips.
 
 It starts the AR teacher (four times cheaper than training that one from scratch) and is the real score of asymmetric
-DMD (arXiv:2602.02214, section 3.1: the clip-level score may be bidirectional, since DMD matches a distribution and no trajectory)."""
+DMD (arXiv:2602.02214, section 3.1: the clip-level score may be bidirectional, since DMD matches a distribution and no
+trajectory)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,14 +54,21 @@ class Stage:
 
 @torch.no_grad()
 def sample(
-    network: Network, model: ModelConfig, captions: Tensor, caption: Tensor, generator: torch.Generator, *, steps: int, guidance: float
+    network: Network,
+    model: ModelConfig,
+    captions: Tensor,
+    caption: Tensor,
+    generator: torch.Generator,
+    *,
+    steps: int,
+    guidance: float,
 ) -> Tensor:
     """Whole clips [B, n, C, h, w] by guided Euler steps; captions [B, 2, L], caption [B, n]."""
     shape = (len(captions), caption.shape[1], model.latent_channels, *model.latent_grid)
     x = torch.randn(shape, generator=generator)
     batch = Batch(latents=x, captions=captions, caption=caption)
     grid = flow.euler_grid(steps, model.shift)
-    for s, s_next in zip(grid[:-1], grid[1:], strict=True):
+    for s, s_next in pairwise(grid):
         v = guided(network.bidirectional, x, torch.full(shape[:2], s), batch, guidance)
         x = flow.euler(x, v, s, s_next)
     return x

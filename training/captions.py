@@ -1,4 +1,5 @@
-"""Captions of the world: the lexicon that the student's tokenizer ships with, and a grammar that words scenes in many ways.
+"""Captions of the world: the lexicon that the student's tokenizer ships with, and a grammar that words scenes in many
+ways.
 
 A caption is a set of rows of the text table, one per factor it mentions: synonyms share a row, word order is free, and
 row 0 is padding. The grammar exists to prove that what people may write reaches the rows that training used."""
@@ -16,38 +17,51 @@ LENGTH = 8  # rows of one caption: six factors and two to spare
 SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
     "size": {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")},
     "colour": {
-        "red": ("red", "crimson", "scarlet"), "green": ("green", "emerald", "lime"), "blue": ("blue", "azure", "cobalt"),
-        "yellow": ("yellow", "golden", "lemon"), "pink": ("pink", "magenta", "fuchsia"), "white": ("white", "snowy", "pale"),
+        "red": ("red", "crimson", "scarlet"),
+        "green": ("green", "emerald", "lime"),
+        "blue": ("blue", "azure", "cobalt"),
+        "yellow": ("yellow", "golden", "lemon"),
+        "pink": ("pink", "magenta", "fuchsia"),
+        "white": ("white", "snowy", "pale"),
     },
     "shape": {
-        "circle": ("circle", "ball", "disc", "dot", "circles", "round thing"), "square": ("square", "box", "cube", "block"),
-        "triangle": ("triangle", "pyramid", "wedge"), "cross": ("cross", "plus", "plus sign"),
+        "circle": ("circle", "ball", "disc", "dot", "circles", "round thing"),
+        "square": ("square", "box", "cube", "block"),
+        "triangle": ("triangle", "pyramid", "wedge"),
+        "cross": ("cross", "plus", "plus sign"),
     },
     "direction": {
-        "right": ("right", "rightward", "rightwards", "eastward", "east", "from left to right", "left to right"),
-        "left": ("left", "leftward", "leftwards", "westward", "west", "from right to left", "right to left"),
-        "down": ("down", "downward", "downwards", "southward", "south", "falling", "sinking", "from top to bottom", "top to bottom"),
-        "up": ("up", "upward", "upwards", "northward", "north", "rising", "climbing", "from bottom to top", "bottom to top"),
+        "right": ("right", "rightward", "rightwards", "east", "eastward", "left to right"),
+        "left": ("left", "leftward", "leftwards", "west", "westward", "right to left"),
+        "down": ("down", "downward", "downwards", "south", "southward", "falling", "sinking", "top to bottom"),
+        "up": ("up", "upward", "upwards", "north", "northward", "rising", "climbing", "bottom to top"),
     },
-    "speed": {"slow": ("slow", "slowly", "gently", "lazily", "calmly"), "fast": ("fast", "quickly", "quick", "rapidly", "swiftly")},
+    "speed": {
+        "slow": ("slow", "slowly", "gently", "lazily", "calmly"),
+        "fast": ("fast", "quickly", "quick", "rapidly", "swiftly"),
+    },
     "background": {
-        "night": ("night", "starry sky", "night sky", "stars", "space", "starry night"), "ocean": ("ocean", "sea", "waves", "water"),
-        "meadow": ("meadow", "grass", "field", "lawn"), "dusk": ("dusk", "sunset", "twilight", "evening", "evening sky"),
+        "night": ("night", "starry sky", "night sky", "stars", "space", "starry night"),
+        "ocean": ("ocean", "sea", "waves", "water"),
+        "meadow": ("meadow", "grass", "field", "lawn"),
+        "dusk": ("dusk", "sunset", "twilight", "evening", "evening sky"),
     },
-}  # fmt: skip
-FILLERS = tuple(
-    "a an the of at in on over across above before against with and is it its to toward towards goes going moves moving move "
-    "drifts drifting drift slides sliding glides gliding travels travelling heading heads floating floats flies flying which "
-    "that scene background backdrop side shape object thing coloured colored very please show me video clip by through there "
-    "one some sky under into".split()
-)
+}
+_FILLERS = """
+a an the of at in on over across above before against with and is it its to from toward towards goes going moves moving
+move drifts drifting drift slides sliding glides gliding travels travelling heads heading floats floating flies flying
+which that scene background backdrop side shape object thing coloured colored very please show me video clip by through
+there one some sky under into
+"""
+FILLERS = tuple(_FILLERS.split())
 
 
 def _vocabulary() -> dict[str, int]:
-    row, vocabulary = 1, {}
+    row = 1
+    vocabulary: dict[str, int] = {}
     for factor, values in FACTORS.items():
         for value in values:
-            vocabulary |= {phrase: row for phrase in SYNONYMS[factor][value]}
+            vocabulary |= dict.fromkeys(SYNONYMS[factor][value], row)
             row += 1
     return vocabulary
 

@@ -1,8 +1,10 @@
 """Stage 2: causal consistency distillation (Causal Forcing++, arXiv:2605.15141, section 3.2).
 
-theta* = argmin E |G_theta(x_t^i, x0^{<i}, t) - G_theta-(xhat_{t'}^i, x0^{<i}, t')|^2, where xhat_{t'} is one guided Euler step of
-the AR teacher on the real past, theta- the moving average, and G = x - s v, which keeps the boundary G(x, 0) = x by itself.
-Against the published code: dt is exact in fp32, the level is drawn per unit, and the last interval, down to s = 0, is trained."""
+    theta* = argmin E |G_theta(x_t^i, x0^{<i}, t) - G_theta-(xhat_t'^i, x0^{<i}, t')|^2,    G(x, s) = x - s v
+
+xhat_t' is one guided Euler step of the AR teacher on the real past, theta- the moving average; G keeps the boundary
+G(x, 0) = x by itself. Against the published code: dt is exact in fp32, the level is drawn per unit, and the last
+interval, down to s = 0, is trained."""
 
 from __future__ import annotations
 

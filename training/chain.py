@@ -1,4 +1,5 @@
-"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> consistency distillation -> DMD -> student -> card.
+"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> consistency distillation -> DMD ->
+student -> card.
 
 Every stage is a folder with its config, its checkpoint, its statistics, its previews and, when it is done, its averaged
 weights (`average.safetensors`). Running the chain again goes on where it stopped; a finished stage is not run again."""
@@ -18,8 +19,7 @@ from torch import Tensor
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import save_model
-from training import autoencoder, bidirectional, cd, data, dmd, preview, rollout, teacher
-from training import loop
+from training import autoencoder, bidirectional, cd, data, dmd, loop, preview, rollout, teacher
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
@@ -35,7 +35,13 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
         if finished(folder):
             continue
         torch.manual_seed(recipe.seed)
-        build = {"autoencoder": _autoencoder, "bidirectional": _bidirectional, "teacher": _teacher, "cd": _cd, "dmd": _dmd}[name]
+        build = {
+            "autoencoder": _autoencoder,
+            "bidirectional": _bidirectional,
+            "teacher": _teacher,
+            "cd": _cd,
+            "dmd": _dmd,
+        }[name]
         stage, average = build(recipe, out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(getattr(recipe, name)), indent=2) + "\n")
@@ -54,7 +60,7 @@ def weights(out: Path, stage: str) -> dict[str, Tensor]:
 def trained_autoencoder(recipe: Recipe, out: Path) -> Autoencoder:
     network = Autoencoder(recipe.model.autoencoder)
     network.load_state_dict({name: value.float() for name, value in weights(out, "autoencoder").items()})
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return autoencoder.channels_last(network.eval().requires_grad_(False))
 
 
 def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
@@ -62,12 +68,15 @@ def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
 
 
 def release(recipe: Recipe, out: Path, folder: Path) -> None:
-    """Keep what the finished stages have learnt, small enough to commit: averaged weights in fp16, and their statistics."""
+    """Keep what the finished stages have learnt, small enough to commit: averaged weights in fp16, and their
+    statistics."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in STAGES:
         if finished(out / name):
             halves = {key: value.half() for key, value in weights(out, name).items()}
-            loop.write_tensors(folder / f"{name}.safetensors", halves, {"recipe": recipe.name, "seed": str(recipe.seed)})
+            loop.write_tensors(
+                folder / f"{name}.safetensors", halves, {"recipe": recipe.name, "seed": str(recipe.seed)}
+            )
             shutil.copyfile(out / name / "stats.jsonl", folder / f"{name}.jsonl")
 
 
@@ -154,7 +163,9 @@ def sample(network: Network, recipe: Recipe, stage: str, clips: int, seed: int =
     caption = plan.caption(recipe.data.units)
     units = recipe.data.units // recipe.model.unit
     if stage == "bidirectional":
-        return bidirectional.sample(network, recipe.model, plan.captions, caption, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
+        return bidirectional.sample(
+            network, recipe.model, plan.captions, caption, generator, steps=TEACHER_STEPS, guidance=GUIDANCE
+        )
     if stage == "teacher":
         player = rollout.Player(network, recipe.model, plan.captions, caption, guidance=GUIDANCE)
         return rollout.play(player, units, rollout.euler(recipe.model, TEACHER_STEPS), generator)

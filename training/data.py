@@ -1,12 +1,13 @@
 """The data set of the tiny recipe: clips of the world as latents, with the captions that rule each latent frame.
 
-Written once as shards of safetensors by as many processes as there are cores; a shard depends on (seed, its number) alone.
+Written once as shards of safetensors by as many processes as there are cores; a shard depends on (seed, its number)
+alone.
 
-Shapes: N clips, n latent frames, C x h x w a latent frame, L rows of a caption; every clip has two captions (equal where it has no switch)."""
+Shapes: N clips, n latent frames, C x h x w a latent frame, L rows of a caption; every clip has two captions (equal
+where it has no switch)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def script(clips: int, config: Config, generator: torch.Generator) -> Script:
     switched = torch.rand(clips, generator=generator) < config.switched
     first_half = max(1, min(3, config.units - 2))
     unit = torch.randint(first_half, max(first_half + 1, config.units - 3), (clips,), generator=generator)
-    mentioned = torch.rand(clips, 2, 6, generator=generator) >= torch.tensor([config.omitted, config.omitted_after])[:, None]
+    mentioned = (
+        torch.rand(clips, 2, 6, generator=generator) >= torch.tensor([config.omitted, config.omitted_after])[:, None]
+    )
     after = torch.where(mentioned[:, 1] & switched[:, None], fresh, before)
     ids = captions.rows(torch.stack([before, after], 1), mentioned)
     ids[:, 1] = torch.where(switched[:, None], ids[:, 1], ids[:, 0])
@@ -92,10 +95,14 @@ def encode(autoencoder: Autoencoder, video: Tensor, chunk: int = 8) -> Tensor:
 @torch.no_grad()
 def decode(autoencoder: Autoencoder, latents: Tensor, chunk: int = 8) -> Tensor:
     """Pixels in [0, 1] of clips that start at their first latent frame."""
-    return torch.cat([autoencoder.decode(latents[first : first + chunk])[0].clamp(0, 1) for first in range(0, len(latents), chunk)])
+    return torch.cat(
+        [autoencoder.decode(latents[first : first + chunk])[0].clamp(0, 1) for first in range(0, len(latents), chunk)]
+    )
 
 
-def write_shard(folder: Path, number: int, config: Config, autoencoder: Autoencoder, seed: int, clips: int = SHARD) -> Path:
+def write_shard(
+    folder: Path, number: int, config: Config, autoencoder: Autoencoder, seed: int, clips: int = SHARD
+) -> Path:
     """Render and encode one shard, unless it is there already."""
     path = folder / f"{number:04d}.safetensors"
     if path.exists():
@@ -139,7 +146,10 @@ class Clips:
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1000 + epoch)))
+            self._order = (
+                epoch,
+                torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1000 + epoch)),
+            )
         return self._order[1]
 
 
@@ -147,5 +157,3 @@ def drop_captions(batch: Batch, chance: float, generator: torch.Generator) -> Ba
     """Replace whole captions by the empty one, so that guidance has an unconditional branch."""
     keep = torch.rand(len(batch.latents), 1, 1, generator=generator) >= chance
     return Batch(latents=batch.latents, captions=batch.captions * keep, caption=batch.caption)
-
-

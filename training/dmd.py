@@ -6,8 +6,8 @@ training, scores the student's. Their difference is the gradient of KL(student |
 
     g = (f - r) / mean |x - r|,   f, r = x0 estimates of the fake and the real score at x_tau,   dLoss/dx = g
 
-Five critic updates for one of the student, on one rollout with fresh noise: as good as five rollouts and twice as fast here.
-Context keys and values are detached: a unit's gradient reaches its own last pass only."""
+Five critic updates for one of the student, on one rollout with fresh noise: as good as five rollouts and twice as
+fast here. Context keys and values are detached: a unit's gradient reaches its own last pass only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Config:
 class Stage:
     name = "dmd"
 
-    def __init__(self, config: Config, model: ModelConfig, script: data.Config, student: Network, score: Network) -> None:
+    def __init__(
+        self, config: Config, model: ModelConfig, script: data.Config, student: Network, score: Network
+    ) -> None:
         self.config, self.model, self.script, self.steps = config, model, script, config.steps
         self.student = student
         self.fake = clone(score, model)
@@ -78,14 +80,20 @@ class Stage:
 
     def _noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(x_tau, tau [B, n], noise): one level a clip, as the scores are clip-level."""
-        tau = flow.warp(torch.rand(len(x), 1, generator=generator), self.model.shift).clamp(*self.config.tau).expand(x.shape[:2])
+        tau = (
+            flow.warp(torch.rand(len(x), 1, generator=generator), self.model.shift)
+            .clamp(*self.config.tau)
+            .expand(x.shape[:2])
+        )
         eps = torch.randn(x.shape, generator=generator)
         return flow.add_noise(x, eps, broadcast(tau)), tau, eps
 
     @torch.no_grad()
     def _gradient(self, x: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         x_tau, tau, _ = self._noised(x, generator)
-        real = flow.x0_from_v(x_tau, guided(self.real.bidirectional, x_tau, tau, batch, self.config.guidance), broadcast(tau))
+        real = flow.x0_from_v(
+            x_tau, guided(self.real.bidirectional, x_tau, tau, batch, self.config.guidance), broadcast(tau)
+        )
         fake = flow.x0_from_v(x_tau, self.fake.bidirectional(x_tau, tau, batch), broadcast(tau))
         scale = (x - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-3)
         return (fake - real) / scale
@@ -104,5 +112,7 @@ class Stage:
         x_tau, tau, eps = self._noised(x, generator)
         with torch.enable_grad():
             loss = (self.fake.bidirectional(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
-            descend(loss, self.fake, {"adam": self.optimisers["fake"]}, self.config.critic_lr * constant(index, self.steps))
+            descend(
+                loss, self.fake, {"adam": self.optimisers["fake"]}, self.config.critic_lr * constant(index, self.steps)
+            )
         return loss.item()

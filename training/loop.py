@@ -1,4 +1,5 @@
-"""The one training loop: reseeds from progress, keeps an exponential average, writes checkpoints from which it goes on bit for bit.
+"""The one training loop: reseeds from progress, keeps an exponential average, writes checkpoints from which it goes
+on bit for bit.
 
 A stage brings its networks, its optimisers and one step (the loss lives there and nowhere else); the loop brings
 everything that all stages share. Randomness of step k depends on (seed, k) alone, so a run that is killed and
@@ -32,9 +33,17 @@ class Stage(Protocol):
 
     name: str
     steps: int
-    student: nn.Module  # what is averaged and handed on
-    optimisers: Mapping[str, torch.optim.Optimizer]
-    networks: Mapping[str, nn.Module]  # everything trained, `student` among it
+
+    @property
+    def student(self) -> nn.Module:
+        """What is averaged and handed on."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Everything trained, `student` among it."""
+
+    @property
+    def optimisers(self) -> Mapping[str, torch.optim.Optimizer]: ...
 
     def step(self, index: int, generator: torch.Generator) -> Stats: ...
 
@@ -79,7 +88,9 @@ def run(stage: Stage, folder: Path, *, seed: int, average: Average, after: Calla
     checkpoint = folder / "checkpoint.safetensors"
     start, spent = restore(checkpoint, stage, average) if checkpoint.exists() else (0, 0.0)
     began, saved, sums = time.monotonic() - spent, time.monotonic(), []
-    bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, disable=not sys.stderr.isatty()
+    )
     for index in bar:
         stats = stage.step(index, step_generator(seed, index))
         average.update(stage.student)
@@ -136,11 +147,15 @@ def restore(path: Path, stage: Stage, average: Average) -> tuple[int, float]:
     with safe_open(path, "pt") as file:
         progress = json.loads(file.metadata()["progress"])
     tensors = load_file(path)
-    average.weights = {name: tensors[f"average/{name}"] for name in average.weights}  # the file sorts names, updates go by order
+    average.weights = {
+        name: tensors[f"average/{name}"] for name in average.weights
+    }  # the file sorts names, updates go by order
     average.updates = progress["updates"]
     for label, network in stage.networks.items():
         prefix = f"network/{label}/"
-        network.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
+        network.load_state_dict(
+            {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        )
     for label, optimiser in stage.optimisers.items():
         state: dict[int, dict[str, object]] = {}
         for name, value in tensors.items():

@@ -1,6 +1,7 @@
 """The trained network of every stage: the causal DiT and its text table, spoken to in sigma and caption rows.
 
-Shapes: x [B, n, C, h, w] latents, s [B, n] sigma in [0, 1], captions [B, 2, L] rows, caption [B, n] which caption rules a frame."""
+Shapes: x [B, n, C, h, w] latents, s [B, n] sigma in [0, 1], captions [B, 2, L] rows, caption [B, n] which caption
+rules a frame."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Network:
     return network
 
 
-def frozen(network: nn.Module) -> nn.Module:
+def frozen(network: Network) -> Network:
     return network.eval().requires_grad_(False)
 
 

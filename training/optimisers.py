@@ -1,6 +1,7 @@
 """Which optimiser moves which weight.
 
-From scratch: Muon on the matrices of the blocks (it holds 2e-3 untuned), AdamW on everything else. Distillation: AdamW."""
+From scratch: Muon on the matrices of the blocks (it holds 2e-3 untuned), AdamW on everything else. Distillation:
+AdamW."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from torch import nn
 
 
 def muon_and_adam(network: nn.Module, lr: float, weight_decay: float = 0.01) -> dict[str, torch.optim.Optimizer]:
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         (matrices if ".blocks." in f".{name}" and parameter.dim() == 2 else rest).append(parameter)
     return {
-        "muon": torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        "muon": torch.optim.Muon(
+            matrices, lr=lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
         "adam": torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,6 +18,6 @@ def sheet(video: Tensor, path: Path, every: int = UNIT_FRAMES) -> None:
     picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [B H, T W, 3]
     frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
     codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = frame.width, frame.height, "rgb24", 1
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = frame.width, frame.height, "rgb24", Fraction(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))

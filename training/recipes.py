@@ -32,7 +32,11 @@ def tiny() -> Recipe:
     """The embedded student."""
     table = PRESETS["tiny"]
     vocabulary = TextConfig(
-        kind="table", width=table.text.width, length=captions.LENGTH, vocab=captions.VOCABULARY, ignored=captions.FILLERS
+        kind="table",
+        width=table.text.width,
+        length=captions.LENGTH,
+        vocab=captions.VOCABULARY,
+        ignored=captions.FILLERS,
     )
     return Recipe(name="tiny", model=replace(table, text=vocabulary))
 

@@ -1,13 +1,14 @@
 """Self-rollout: the model plays a clip unit by unit through the runtime's own ring cache and `step`.
 
-The same loop serves the few-step student, the guided multi-step teacher and the rollout of DMD, which differ only in how one
-unit is denoised. What training sees is therefore what streaming does, to the letter.
+The same loop serves the few-step student, the guided multi-step teacher and the rollout of DMD, which differ only in
+how one unit is denoised. What training sees is therefore what streaming does, to the letter.
 
 Shapes: B clips, n latent frames, F frames a unit; x [B, F, C, h, w]."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ TextKV = list[tuple[Tensor, Tensor]]
 class Player:
     """A batch of streams in progress: one ring, the captions, and the velocity of the unit at hand."""
 
-    def __init__(self, network: Network, model: ModelConfig, captions: Tensor, caption: Tensor, *, guidance: float = 1.0) -> None:
+    def __init__(
+        self, network: Network, model: ModelConfig, captions: Tensor, caption: Tensor, *, guidance: float = 1.0
+    ) -> None:
         """captions [B, C, L] rows, caption [B, n] which of them rules each frame. Guidance doubles the batch inside."""
         self.dit, self.model, self.guidance = network.dit, model, guidance
         self.clips = len(captions)
@@ -39,7 +42,10 @@ class Player:
         guided = self.guidance != 1
         both = torch.cat([x, x]) if guided else x
         v = self.dit.step(both, torch.full((len(both),), flow.TIME_SCALE * s), text, self.ring, unit, commit=commit)
-        return flow.guide(*v.chunk(2), self.guidance) if guided else v
+        if not guided:
+            return v
+        v_cond, v_null = v.chunk(2)
+        return flow.guide(v_cond, v_null, self.guidance)
 
     @torch.no_grad()
     def commit(self, x0: Tensor, unit: int) -> None:
@@ -50,7 +56,9 @@ class Player:
 Denoiser = Callable[[Player, Tensor, int], Tensor]  # (player, noise, unit) -> x0
 
 
-def play(player: Player, units: int, denoise: Denoiser, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
+def play(
+    player: Player, units: int, denoise: Denoiser, generator: torch.Generator, prefix: Tensor | None = None
+) -> Tensor:
     """Latents [B, n, C, h, w] of `units` units; the first ones are `prefix` [B, p, C, h, w] where given."""
     frames, model = player.model.unit, player.model
     shape = (player.clips, frames, model.latent_channels, *model.latent_grid)
@@ -75,8 +83,8 @@ def levels(model: ModelConfig, unit: int) -> tuple[float, ...]:
 def few_step(model: ModelConfig, generator: torch.Generator, exits: Sequence[int] | None = None) -> Denoiser:
     """The student's sampler: jump to x0, put new noise on it, go on (consistency sampling).
 
-    `exits` = (step at which the first unit stops, step at which every other one does) makes it DMD's random-exit rollout:
-    only the last pass of a unit carries a gradient (Self Forcing, arXiv:2506.08009, section 3.3)."""
+    `exits` = (step at which the first unit stops, step at which every other one does) makes it DMD's random-exit
+    rollout: only the last pass of a unit carries a gradient (Self Forcing, arXiv:2506.08009, section 3.3)."""
 
     def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
         ladder = levels(model, unit)
@@ -97,7 +105,7 @@ def euler(model: ModelConfig, steps: int) -> Denoiser:
     grid = flow.euler_grid(steps, model.shift)
 
     def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
-        for s, s_next in zip(grid[:-1], grid[1:], strict=True):
+        for s, s_next in pairwise(grid):
             x = flow.euler(x, player.velocity(x, s, unit), s, s_next)
         return x
 

@@ -26,7 +26,8 @@ class Config:
     ema: float = 0.996
     caption_dropout: float = 0.1
     first_weight: float = 2.0
-    """Loss weight of unit 0 against the others: it carries the whole unconditional scene, and its errors stay for ever."""
+    """Loss weight of unit 0 against the others: it carries the whole unconditional scene, and its errors stay for
+    ever."""
 
 
 def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator) -> torch.Tensor:

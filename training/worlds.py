@@ -2,7 +2,8 @@
 
 Six factors make a scene (`FACTORS`); a caption names them (`training.captions`) and `training.reader` reads them back
 from pixels. The future is random given the past: the object turns at Poisson times and bounces off the walls. Without
-that, a regression on the wrong pairs could not blur, and the effect the paper describes could not appear (arXiv:2602.02214, Lemma 3.2).
+that, a regression on the wrong pairs could not blur, and the effect the paper describes could not appear
+(arXiv:2602.02214, Lemma 3.2).
 
 The rules of motion:
 * A scene starts with `CALM` frames without a turn, heading where the caption says, clear of the wall ahead.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -44,7 +46,14 @@ RADIUS = torch.tensor([7.0, 11.0])
 STEP = torch.tensor([0.8, 1.6])  # pixels a frame
 HEADING = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 PALETTE = torch.tensor(
-    [[0.87, 0.14, 0.14], [0.16, 0.80, 0.24], [0.22, 0.46, 0.88], [0.87, 0.78, 0.14], [0.86, 0.30, 0.80], [0.86, 0.86, 0.86]]
+    [
+        [0.87, 0.14, 0.14],
+        [0.16, 0.80, 0.24],
+        [0.22, 0.46, 0.88],
+        [0.87, 0.78, 0.14],
+        [0.86, 0.30, 0.80],
+        [0.86, 0.86, 0.86],
+    ]
 )
 DRIFT = 2 * math.pi / 48  # phase of the background a frame: one wave passes in three seconds
 SHADE = 0.012  # brightness a pixel above the object's centre, so that it looks lit from above
@@ -60,7 +69,8 @@ X, Y = _pixel_grid()
 
 
 def _background_basis() -> Tensor:
-    """[4, 3, 3, SIDE, SIDE]: still part, sine part and cosine part of each background; a frame is still + cos(p) sine + sin(p) cosine."""
+    """[4, 3, 3, SIDE, SIDE]: still part, sine part and cosine part of each background; a frame is still + cos(p) sine
+    + sin(p) cosine."""
     sky = {  # top colour, bottom colour, wave colour, wave vector in waves per picture
         "night": ((0.03, 0.04, 0.13), (0.09, 0.09, 0.24), (0.01, 0.05, 0.05), (1.0, 1.0)),
         "ocean": ((0.04, 0.27, 0.40), (0.02, 0.11, 0.27), (0.03, 0.07, 0.08), (0.0, -2.0)),
@@ -119,7 +129,9 @@ def _distance(position: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
     return distance
 
 
-def coverage(position: Tensor, radius: Tensor, shape: Tensor, other: Tensor | None = None, mix: Tensor | None = None) -> Tensor:
+def coverage(
+    position: Tensor, radius: Tensor, shape: Tensor, other: Tensor | None = None, mix: Tensor | None = None
+) -> Tensor:
     """How much of each pixel the object covers, by its signed distance: [N, SIDE, SIDE] in [0, 1].
 
     position [N, 2] is the centre (x, y) in pixels, radius [N], shape [N] indices; where 0 < mix < 1 the distance to
@@ -148,7 +160,8 @@ def shaded(colour: Tensor, position: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """B clips before they are drawn. `before` holds until frame `switch`, `after` from there (switch = T: no switch)."""
+    """B clips before they are drawn. `before` holds until frame `switch`, `after` from there (switch = T: no
+    switch)."""
 
     before: Tensor  # [B, 6] long
     after: Tensor  # [B, 6] long
@@ -168,8 +181,11 @@ class Scene:
         return self.position.shape[1]
 
 
-def first_frame(unit: int | Tensor) -> int | Tensor:
-    """First pixel frame of a unit of one latent frame (Wan's time law); units after the first have four frames."""
+Index = TypeVar("Index", int, Tensor)
+
+
+def first_frame(unit: Index) -> Index:
+    """First pixel frame of a latent frame after the first (Wan's time law)."""
     return UNIT_FRAMES * unit - 3
 
 
@@ -184,7 +200,8 @@ def sample_factors(n: int, generator: torch.Generator) -> Tensor:
 
 
 def held_out(factors: Tensor) -> Tensor:
-    """[..., 6] -> bool [...]: one scene in six never enters training. A sum modulo 6 leaves every pair of factors represented."""
+    """[..., 6] -> bool [...]: one scene in six never enters training. A sum modulo 6 leaves every pair of factors
+    represented."""
     return (factors * torch.tensor([1, 1, 2, 3, 3, 4])).sum(-1) % 6 == 0
 
 
@@ -227,8 +244,8 @@ def simulate(
     start: tuple[Tensor, Tensor, Tensor] | None = None,
     calm: int = CALM,
 ) -> Scene:
-    """Play the rules of motion for `frames` frames. Factors [B, 6]; `switch` [B] frames at which `after` takes over, and
-    `steered` [B] bool whether its caption names a direction (otherwise the object keeps its heading).
+    """Play the rules of motion for `frames` frames. Factors [B, 6]; `switch` [B] frames at which `after` takes over,
+    and `steered` [B] bool whether its caption names a direction (otherwise the object keeps its heading).
 
     `start` = (position [B, 2], heading [B], phase [B]) of the frame before the first one goes on from a given state,
     with `calm` frames left without a turn; otherwise the scene opens by the rule of starts."""
@@ -244,8 +261,8 @@ def simulate(
     positions, headings = [], []
     for frame in range(frames):
         if frame or start is not None:
-            now = torch.where((frame >= switch)[:, None], after, before)
-            switched = frame == switch
+            now = torch.where((switch <= frame)[:, None], after, before)
+            switched = switch == frame
             heading = torch.where(switched if steered is None else switched & steered, after[:, DIRECTION], heading)
             calm_left = torch.where(switched, CALM, calm_left - 1)
             turns = (torch.rand(n, generator=generator) < TURNS / FPS) & (calm_left <= 0)
@@ -254,7 +271,14 @@ def simulate(
         positions.append(position)
         headings.append(heading)
     phases = phase[:, None] + DRIFT * torch.arange(frames)
-    return Scene(before=before, after=after, switch=switch, position=torch.stack(positions, 1), heading=torch.stack(headings, 1), phase=phases)
+    return Scene(
+        before=before,
+        after=after,
+        switch=switch,
+        position=torch.stack(positions, 1),
+        heading=torch.stack(headings, 1),
+        phase=phases,
+    )
 
 
 def fade(switch: Tensor, frame: Tensor | int) -> Tensor:
@@ -277,7 +301,8 @@ def _advance(position: Tensor, heading: Tensor, radius: Tensor, step: Tensor) ->
 
 
 def render(scene: Scene, chunk: int = 4) -> Tensor:
-    """[B, T, 3, SIDE, SIDE] float32 in [0, 1]. Drawn `chunk` clips at a time: what fits the cache is several times faster."""
+    """[B, T, 3, SIDE, SIDE] float32 in [0, 1]. Drawn `chunk` clips at a time: what fits the cache is several times
+    faster."""
     parts = [_render(scene, slice(first, first + chunk)) for first in range(0, len(scene), chunk)]
     return torch.cat(parts)
 

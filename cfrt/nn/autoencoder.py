@@ -1,7 +1,7 @@
 """The embedded student's video autoencoder: 16x in space, 4x in time, causal, with Wan's time law.
 
-The first latent frame is one pixel frame, each further one four (Wan2.1, arXiv:2503.20314, section 4.1), so a picture is
-a clip of one frame and image-to-video needs no second code path. The decoder looks at the latent frame and the one
+The first latent frame is one pixel frame, each further one four (Wan2.1, arXiv:2503.20314, section 4.1), so a picture
+is a clip of one frame and image-to-video needs no second code path. The decoder looks at the latent frame and the one
 before it; that one latent is its whole streaming state, and streaming equals offline by construction.
 
 Legend: B clips, n latent frames, f pixel frames, C latent channels, h x w the latent grid."""
@@ -27,8 +27,8 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
@@ -76,7 +76,8 @@ class Autoencoder(nn.Module):
         return self.encoder(F.pixel_unshuffle(x, FOLD)).unflatten(0, (batch, -1))
 
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised latents [B, n, C, h, w] of a clip [B, 1 + 4(n-1), 3, H, W] in [0, 1] that starts at its first frame."""
+        """Normalised latents [B, n, C, h, w] of a clip [B, 1 + 4(n-1), 3, H, W] in [0, 1] that starts at its first
+        frame."""
         return (self.encode_raw(video) - self.latent_mean) / self.latent_std
 
     def decode(self, latents: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

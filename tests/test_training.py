@@ -4,6 +4,7 @@ Runs on the CPU in seconds."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path: Path, monkeypatc
     whole = _run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path / "broken", stop=33)
+    with (tmp_path / "broken" / "stats.jsonl").open("a") as lines:  # killed after a line that no checkpoint covers
+        lines.write('{"step": 30, "loss": 0.0}\n{"step": 3')
     resumed = _run(tmp_path / "broken")
+    rows = [json.loads(row) for row in (tmp_path / "broken" / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [25, 50, 60]
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
 

@@ -99,7 +99,7 @@ def measure(
     seen: dict[tuple[str, str], list[Look]] = {}
     shown: dict[tuple[str, str], Tensor] = {}
     for name, task, first in tqdm(batches, desc="evaluate", unit="batch", disable=None):
-        video = _played(rows[name], tasks[task], first, config, list(tasks).index(task))
+        video = _played(rows[name], tasks[task], first, config, salt=list(MEASURES).index(task))
         seen.setdefault((task, name), []).append(MEASURES[task].look(video, tasks[task]))
         shown.setdefault((task, name), video[:EXAMPLES].clone())
     if folder is not None:

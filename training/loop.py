@@ -87,6 +87,7 @@ def run(stage: Stage, folder: Path, *, seed: int, average: Average, after: Calla
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.safetensors"
     start, spent = restore(checkpoint, stage, average) if checkpoint.exists() else (0, 0.0)
+    _forget_after(start, folder / "stats.jsonl")
     began, saved, sums = time.monotonic() - spent, time.monotonic(), []
     bar = tqdm(
         range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, disable=not sys.stderr.isatty()
@@ -106,6 +107,14 @@ def run(stage: Stage, folder: Path, *, seed: int, average: Average, after: Calla
                 if after is not None:
                     after(done)
     write_tensors(folder / "average.safetensors", average.weights)
+
+
+def _forget_after(step: int, path: Path) -> None:
+    """Drop the rows that a killed run wrote after its last checkpoint: those steps will be done again."""
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    if len(kept) < len(rows):
+        path.write_text("".join(kept))
 
 
 def _log(path: Path, step: int, seconds: float, sums: list[Stats]) -> dict[str, float]:

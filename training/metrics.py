@@ -122,10 +122,11 @@ def quality(reading: Reading, wanted: Tensor) -> dict[str, Estimate]:
 
 
 def turns(position: Tensor) -> Tensor:
-    """How often the heading changes in [B, T, 2], looking at one displacement a unit: [B]."""
+    """How often the heading changes in [B, T, 2], looking at one displacement a unit, of a pixel or more: [B]."""
     coarse = position[:, :: worlds.UNIT_FRAMES]
-    heading = ((coarse[:, 1:] - coarse[:, :-1]) @ HEADING.T).argmax(-1)
-    return (heading[:, 1:] != heading[:, :-1]).sum(1)
+    moved = coarse[:, 1:] - coarse[:, :-1]
+    heading, clear = (moved @ HEADING.T).argmax(-1), moved.norm(dim=-1) >= 1
+    return ((heading[:, 1:] != heading[:, :-1]) & clear[:, 1:] & clear[:, :-1]).sum(1)
 
 
 def turn_rate(reading: Reading) -> Estimate:
@@ -153,7 +154,7 @@ def distance(clips: Tensor, real: Tensor) -> Estimate:
     prompt are left out, so that two sets of real clips are 0 apart on average; a value means something beside theirs
     (Szekely & Rizzo, 2013)."""
     scale = real.std(0).clamp(min=1e-3)
-    x, y = clips / scale, real / scale
+    x, y = (clips / scale).double(), (real / scale).double()
     across = torch.cdist(x, y)
     kernel = (across + across.mT - torch.cdist(x, x) - torch.cdist(y, y)).fill_diagonal_(0)
     n = len(x)

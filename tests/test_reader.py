@@ -78,7 +78,9 @@ def test_a_single_frame_shows_all_but_motion() -> None:
 def test_after_a_switch_the_new_scene_reads_exactly() -> None:
     """Cut FADE frames after the switch, all but the direction of the moment is what the second caption says."""
     at, count = 5, 24
-    before, after = (covering()[torch.randperm(192, generator=torch.Generator().manual_seed(s))[:count]] for s in (1, 2))
+    before, after = (
+        covering()[torch.randperm(192, generator=torch.Generator().manual_seed(s))[:count]] for s in (1, 2)
+    )
     scene = worlds.simulate(
         before, torch.Generator().manual_seed(0), at + FADE + 8, after=after, switch=torch.full((count,), at)
     )

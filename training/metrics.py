@@ -135,7 +135,7 @@ def turn_rate(reading: Reading) -> Estimate:
 
 
 def features(position: Tensor, factors: Tensor) -> Tensor:
-    """[B, 26] of positions [B, T, 2] and factors [B, 6]: where a clip starts, how far and how long it travels, its
+    """[B, 28] of positions [B, T, 2] and factors [B, 6]: where a clip starts, how far and how long it travels, its
     turns, and what it shows (one-hot)."""
     start, end = position[:, 0], position[:, -1]
     path = (position[:, 1:] - position[:, :-1]).norm(dim=-1).sum(1)

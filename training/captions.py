@@ -31,8 +31,8 @@ SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
         "cross": ("cross", "plus", "plus sign"),
     },
     "direction": {
-        "right": ("right", "rightward", "rightwards", "east", "eastward", "left to right"),
-        "left": ("left", "leftward", "leftwards", "west", "westward", "right to left"),
+        "right": ("right", "rightward", "rightwards", "east", "eastward", "left to right", "left to the right"),
+        "left": ("left", "leftward", "leftwards", "west", "westward", "right to left", "right to the left"),
         "down": ("down", "downward", "downwards", "south", "southward", "falling", "sinking", "top to bottom"),
         "up": ("up", "upward", "upwards", "north", "northward", "rising", "climbing", "bottom to top"),
     },
@@ -42,16 +42,17 @@ SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "background": {
         "night": ("night", "starry sky", "night sky", "stars", "space", "starry night"),
-        "ocean": ("ocean", "sea", "waves", "water"),
-        "meadow": ("meadow", "grass", "field", "lawn"),
-        "dusk": ("dusk", "sunset", "twilight", "evening", "evening sky"),
+        "ocean": ("ocean", "sea", "waves", "water", "blue ocean", "blue sea", "blue water"),
+        "meadow": ("meadow", "grass", "field", "lawn", "green meadow", "green grass", "green field"),
+        "dusk": ("dusk", "sunset", "twilight", "evening", "evening sky", "red sunset", "pink sunset"),
     },
 }
 _FILLERS = """
 a an the of at in on over across above before against with and is it its to from toward towards goes going moves moving
 move drifts drifting drift slides sliding glides gliding travels travelling heads heading floats floating flies flying
 which that scene background backdrop side shape object thing coloured colored very please show me video clip by through
-there one some sky under into
+there one some sky under into rolls rolling bounces bouncing runs running swims swimming jumps jumping dark deep calm
+steadily shaped filled solid
 """
 FILLERS = tuple(_FILLERS.split())
 

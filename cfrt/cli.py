@@ -96,6 +96,8 @@ class Generate:
             raise UsageError(f"expected --seconds above 0 and at most {LONGEST_FILM:.0f}, got {self.seconds}")
         if self.json and STDOUT in self._outputs:
             raise UsageError("--json and -o - both want standard output; write the video to a file")
+        if STDOUT in self._outputs and sys.stdout.isatty():
+            raise UsageError("-o - would fill the terminal with raw video; send it on: cfrt ... | ffplay -")
         if len({os.path.realpath(path) for path in self._outputs}) < len(self._outputs):
             raise UsageError(f"the same file is given twice: {', '.join(self._outputs)}")
         changes = sorted((_change(text, self.seconds) for text in self.then), key=lambda change: change[0])

@@ -7,7 +7,7 @@ its writer has died.
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from secrets import token_hex
@@ -64,9 +64,13 @@ class Writer:
             if kind is None:
                 self._finish()
             else:
-                self._encoder.abandon()
+                self._abandon()
         finally:
             self._discard()
+
+    def _abandon(self) -> None:
+        with suppress(OSError, av.FFmpegError):  # what made it fail may well fail again, and is already being said
+            self._encoder.abandon()
 
     def _discard(self) -> None:
         if self._draft is not None:
@@ -74,7 +78,7 @@ class Writer:
 
     def _finish(self) -> None:
         if self._shape is None:
-            self._encoder.abandon()
+            self._abandon()
             raise VideoError(f"{self.path} was not written: there were no frames")
         with _naming(self.path):
             self._encoder.finish()
@@ -133,8 +137,19 @@ class _Draft:
         for leftover in folder.iterdir():
             if leftover.name.startswith(f".{name}.") and leftover.suffix == ".part":
                 owner = leftover.name.removeprefix(f".{name}.").split(".")[0]
-                if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                if owner.isdigit() and not _alive(int(owner)):
                     leftover.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Is there a process of that number on this machine?"""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # there is one, another user's
+        return True
+    return True
 
 
 @contextmanager

@@ -81,15 +81,16 @@ def test_generate_measures_as_json(student: Path, capsys: pytest.CaptureFixture[
     assert said["seed"] == 5
     assert said["outputs"] == ["x.gif"]
     assert said["engine"] == "torch"
-    assert 0 < said["time_to_first_frame"]
+    assert said["time_to_first_frame"] > 0
     assert said["unit"]["p50"] <= said["unit"]["p95"] <= said["unit"]["p99"]
     assert said["change_to_pixel"]["p50"] > 0
 
 
-def test_the_same_seed_gives_the_same_file(student: Path) -> None:
-    for name, seed in (("a.y4m", "3"), ("b.y4m", "3"), ("c.y4m", "4")):
-        assert generate("-q", "-o", name, "--seed", seed, student=student) == 0
-    a, b, c = (Path(name).read_bytes() for name in ("a.y4m", "b.y4m", "c.y4m"))
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "webp", "y4m", "png"])
+def test_the_same_seed_gives_the_same_file(suffix: str, student: Path) -> None:
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert generate("-q", "-o", f"{name}.{suffix}", "--seed", seed, student=student) == 0
+    a, b, c = (Path(f"{name}.{suffix}").read_bytes() for name in "abc")
     assert a == b
     assert a != c
 
@@ -198,6 +199,14 @@ DAMAGE = {
     "unknown key": "unknown keys ['deepness'], missing keys ['depth']",
     "nonsense": "multiple of 2 * heads",
 }
+
+
+def test_raw_video_does_not_go_to_a_terminal(
+    student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate("-o", "-", student=student) == 2
+    assert "raw video" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", DAMAGE)

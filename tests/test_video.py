@@ -195,7 +195,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(suffix: str, tmp_path: P
 
 
 def test_odd_sides_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="even sides .* scale 2"):
+    with pytest.raises(VideoError, match=r"even sides .* scale 2"):
         write(film(2, 65, 65), tmp_path / "x.mp4", scale=1)
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""The reader is exact on real clips, so that what it says of generated ones is a measurement; and it sees what is wrong."""
+"""The reader is exact on real clips, so what it says of generated ones is a measurement; and it sees what is wrong."""
 
 import pytest
 import torch
@@ -78,9 +78,8 @@ def test_a_single_frame_shows_all_but_motion() -> None:
 def test_after_a_switch_the_new_scene_reads_exactly() -> None:
     """Cut FADE frames after the switch, all but the direction of the moment is what the second caption says."""
     at, count = 5, 24
-    before, after = (
-        covering()[torch.randperm(192, generator=torch.Generator().manual_seed(s))[:count]] for s in (1, 2)
-    )
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(1))
+    before, after = covering()[order[:count]], covering()[order[count : 2 * count]]
     scene = worlds.simulate(
         before, torch.Generator().manual_seed(0), at + FADE + 8, after=after, switch=torch.full((count,), at)
     )

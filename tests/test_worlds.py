@@ -1,4 +1,4 @@
-"""The world keeps its own rules: starts, turns, walls, switches, held-out scenes, and a future that the past does not fix."""
+"""The world keeps its rules: starts, turns, walls, switches, held-out scenes, and a future that the past does not fix."""
 
 import math
 

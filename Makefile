@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE cmake csrc cfrt training export
-WHEEL = $(wildcard build/wheel/cfrt-*.whl)
+WHEEL = $$(echo build/wheel/cfrt-*.whl)
 
 .PHONY: help demo test test-all lint format types imports bench dev clean FORCE
 
@@ -60,16 +60,16 @@ $(STAMPS)/wheel: $(STAMPS)/sources $(STAMPS)/build
 	@touch $@
 
 $(STAMPS)/installed: $(STAMPS)/wheel $(STAMPS)/torch
-	$(PIP) install --no-deps --force-reinstall $(call WHEEL)
-	$(PIP) install -c constraints.txt "$(call WHEEL)[torch]"
+	$(PIP) install --no-deps --force-reinstall $(WHEEL)
+	$(PIP) install -c constraints.txt "$(WHEEL)[torch]"
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/installed
-	$(PIP) install -c constraints.txt "$(call WHEEL)[test]"
+	$(PIP) install -c constraints.txt "$(WHEEL)[test]"
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/test
-	$(PIP) install -c constraints.txt "$(call WHEEL)[dev]"
+	$(PIP) install -c constraints.txt "$(WHEEL)[dev]"
 	@touch $@
 
 # ------------------------------------------------------------------------------------------------------------------- work
@@ -77,13 +77,11 @@ $(STAMPS)/dev: $(STAMPS)/test
 demo: $(STAMPS)/installed
 	$(BIN)/cfrt generate "$(PROMPT)" --seconds 4 -o demo.mp4 -o demo.png
 
-test test-all: export CFRT_WHEEL = $(abspath $(call WHEEL))
-
 test: $(STAMPS)/test
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	CFRT_WHEEL="$(CURDIR)/$(WHEEL)" $(BIN)/pytest -m "not slow" $(ARGS)
 
 test-all: $(STAMPS)/test
-	$(BIN)/pytest $(ARGS)
+	CFRT_WHEEL="$(CURDIR)/$(WHEEL)" $(BIN)/pytest $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check

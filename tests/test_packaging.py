@@ -44,9 +44,9 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     done = pip("--python", str(folder / "bin" / "python"), "install", "--no-deps", "--no-index", str(wheel))
     assert done.returncode == 0, done.stderr
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
 
 
@@ -188,12 +188,12 @@ def copy(tmp_path: Path) -> Path:
 
 def test_a_broken_source_breaks_the_build(copy: Path, tmp_path: Path) -> None:
     """No silent fallback to a pure Python wheel."""
-    with (copy / "csrc" / "build_info.cpp").open("a") as source:
-        source.write("\nthis is not C++\n")
+    source = copy / "csrc" / "bindings.cpp"
+    source.write_text('#error "broken on purpose"\n' + source.read_text())
     build = ("wheel", str(copy), "--no-deps", "--no-build-isolation", "-v", "-w", str(tmp_path))
     done = pip(*build, CFRT_CUDA="OFF")
     assert done.returncode != 0
-    assert "build_info.cpp" in done.stdout + done.stderr
+    assert "broken on purpose" in done.stdout + done.stderr
     assert list(tmp_path.glob("*.whl")) == []
 
 

@@ -13,7 +13,7 @@ from training.reader import read
 
 CLIPS, FRAMES = 32, 37
 DRAWN_A_SECOND = 2000  # at least
-READ_MS = 25  # at most, for a clip of 37 frames
+READ_MS = 15  # at most, for a clip of 37 frames
 
 
 @pytest.fixture(autouse=True)

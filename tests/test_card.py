@@ -97,7 +97,8 @@ def test_what_is_committed_was_generated(name: str) -> None:
     """Each embedded student's card is worded from its committed results, and so is the README's table."""
     results = json.loads((card.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     folder = ROOT / "cfrt" / "students" / name
-    again = f"`python -m training.card training/results/{name}.json --student {folder.relative_to(ROOT)} --readme README.md`"
+    where = folder.relative_to(ROOT)
+    again = f"run python -m training.card training/results/{name}.json --student {where} --readme README.md"
     assert (folder / "card.md").read_text(encoding="utf-8") == card.card(results), again
     if name == "tiny":
         assert card.readme_section(results) in (ROOT / "README.md").read_text(encoding="utf-8"), again

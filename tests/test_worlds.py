@@ -1,4 +1,4 @@
-"""The world keeps its rules: starts, turns, walls, switches, held-out scenes, and a future that the past does not fix."""
+"""The world keeps its rules: starts, turns, walls, switches, held-out scenes, a future that the past leaves open."""
 
 import math
 

@@ -49,7 +49,8 @@ class CausalDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head = Head(config)
-        self.reset_parameters()
+        if not self.patch_embedding.weight.is_meta:  # there, `normal_` would do nothing but import sympy, for 1.2 s
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

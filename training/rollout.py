@@ -35,13 +35,12 @@ class Player:
         self.caption, self.text = caption, network.text_kv(captions)
         self.ring = RingCache(model, batch=len(captions))
 
-    def velocity(self, x: Tensor, s: float, unit: int, *, commit: bool = False) -> Tensor:
-        rows = torch.arange(len(self.caption))
-        ruling = self.caption[:, unit * self.model.unit]
-        text = [(k[rows, ruling][:, None], v[rows, ruling][:, None]) for k, v in self.text]
+    def velocity(self, x: Tensor, s: float, unit: int) -> Tensor:
+        """v [B, F, C, h, w] of the unit at noise level s, guided where the player is."""
         guided = self.guidance != 1
         both = torch.cat([x, x]) if guided else x
-        v = self.dit.step(both, torch.full((len(both),), flow.TIME_SCALE * s), text, self.ring, unit, commit=commit)
+        t = torch.full((len(both),), flow.TIME_SCALE * s)
+        v = self.dit.step(both, t, self._text_of(unit), self.ring, unit)
         if not guided:
             return v
         v_cond, v_null = v.chunk(2)
@@ -50,7 +49,14 @@ class Player:
     @torch.no_grad()
     def commit(self, x0: Tensor, unit: int) -> None:
         """The clean pass that writes the unit's keys and values for its successors."""
-        self.velocity(x0.detach(), 0.0, unit, commit=True)
+        both = torch.cat([x0, x0]) if self.guidance != 1 else x0
+        self.dit.commit(both, self._text_of(unit), self.ring, unit)
+
+    def _text_of(self, unit: int) -> TextKV:
+        """Keys and values of the caption that rules this unit in each clip, one caption a clip."""
+        clips = torch.arange(len(self.caption))
+        ruling = self.caption[:, unit * self.model.unit]
+        return [(k[clips, ruling][:, None], v[clips, ruling][:, None]) for k, v in self.text]
 
 
 Denoiser = Callable[[Player, Tensor, int], Tensor]  # (player, noise, unit) -> x0

@@ -59,7 +59,7 @@ class Config:
     past_units: int = 3
     future_units: int = 5
     long_units: int = 41
-    batch: int = 32
+    batch: int = 64
     """Clips played together; part of what the noise depends on."""
     seed: int = 20_000
 

@@ -64,6 +64,8 @@ class Generate:
     """cpu, cuda or cuda:N."""
     precision: str = "fp32"
     """fp32, bf16, fp16 or fp64."""
+    threads: int = 1
+    """CPU threads. A small model is fastest with one, and the same number gives the same video."""
     fps: float | None = None
     """Frames per second that the file plays at. Default: the model's own."""
     scale: int | None = None
@@ -126,6 +128,7 @@ class Generate:
             engine=self.engine,
             device=self.device,
             precision=self.precision,
+            threads=self.threads,
             seed=self.seed,
             fps="max",
             image=picture,
@@ -171,6 +174,7 @@ class Generate:
             "engine": stream.engine,
             "device": self.device,
             "precision": self.precision,
+            "threads": self.threads,
             "prompt": self.prompt,
             "seed": self.seed,
             "frames": frames,

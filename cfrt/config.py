@@ -223,6 +223,10 @@ class ModelConfig:
         """Index of a unit's first pixel frame, counted from the start of the stream."""
         return 0 if unit <= 0 else self.unit_frames(0) + (unit - 1) * self.unit_frames(1)
 
+    def unit_at(self, frame: int) -> int:
+        """The unit of a pixel frame; -1 for frames before the stream."""
+        return -1 if frame < 0 else max(0, (frame - self.unit_frames(0)) // self.unit_frames(1) + 1)
+
     def unit_steps(self, unit: int) -> tuple[float, ...]:
         """The step list (u, before the warp) of a unit."""
         return self.first_steps if unit == 0 and self.first_steps is not None else self.steps

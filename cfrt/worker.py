@@ -166,9 +166,7 @@ class Worker:
         """The unit on show: by the frames handed out or, for a live stream, by the clock."""
         if not self._live:
             return self._playhead
-        index = self._clock.newest(perf_counter())
-        first, every = self._config.unit_frames(0), self._config.unit_frames(1)
-        return max(self._playhead, -1 if index < 0 else max(0, (index - first) // every + 1))
+        return max(self._playhead, self._config.unit_at(self._clock.newest(perf_counter())))
 
     def _check_running(self) -> None:
         if self._error is not None:
@@ -211,7 +209,7 @@ class Worker:
         with self._lock:
             while not self._closed:
                 if self._tasks:
-                    return partial(self._settle_task, *self._tasks.popleft())
+                    return partial(self._do, *self._tasks.popleft())
                 if self._next <= self._playing() + 1:
                     self._next += 1
                     return partial(self._make, self._next - 1, self._timeline.at(self._next - 1))
@@ -224,7 +222,7 @@ class Worker:
             return None
         return self._clock.delay(self._config.first_frame(self._next - 1), perf_counter())
 
-    def _settle_task(self, task: Callable[[], Any], done: "Future[Any]") -> None:
+    def _do(self, task: Callable[[], Any], done: "Future[Any]") -> None:
         try:
             done.set_result(task())
         except BaseException as error:

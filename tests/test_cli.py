@@ -230,6 +230,7 @@ def test_a_damaged_model_is_one(how: str, student: Path, capsys: pytest.CaptureF
         (("--precision", "fp12"), "expected a precision among"),
         (("--device", "tpu"), "not on 'tpu'"),
         (("--seed", "-1"), "expected a seed"),
+        (("--threads", "0"), "expected at least one thread"),
         (("-o", "none/x.mp4"), "make it first"),
         (("-o", "x.mp4", "-o", "none/x.png"), "make it first"),
         (("--image", "none.png"), "cannot read a picture from none.png"),

@@ -82,6 +82,7 @@ def test_streaming_equals_offline(geometry: dict[str, int], fps: str | float, tm
     np.testing.assert_array_equal(np.stack([frame.pixels for frame in frames]), expected)
     assert [frame.index for frame in frames] == list(range(count))
     assert [frame.time for frame in frames] == [index / 16 for index in range(count)]
+    assert [config.unit_at(index) for index in range(-1, count)] == [-1, *(frame.unit for frame in frames)]
     assert [frame.unit for frame in frames] == [u for u in range(units) for _ in range(config.unit_frames(u))]
     assert [frame.prompt for frame in frames] == [RED if frame.unit < change else BLUE for frame in frames]
 

@@ -18,13 +18,13 @@ import _cfrt
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[1]
-BUILT_FROM = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "cmake", "csrc", "cfrt", "training", "export")
 MEGABYTE = 2**20
 
 
-def pip(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "CFRT_WHEEL" in os.environ:
         return Path(os.environ["CFRT_WHEEL"])
     folder = tmp_path_factory.mktemp("wheel")
-    built = pip("wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(folder))
-    assert built.returncode == 0, built.stderr
+    pip("wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(folder))
     return next(folder.glob("*.whl"))
 
 
@@ -44,8 +43,7 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    done = pip("--python", str(folder / "bin" / "python"), "install", "--no-deps", "--no-index", str(wheel))
-    assert done.returncode == 0, done.stderr
+    pip("--python", str(folder / "bin" / "python"), "install", "--no-deps", "--no-index", str(wheel))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
 
@@ -171,34 +169,3 @@ def test_the_extension_needs_no_driver_and_no_shared_cuda() -> None:
     listed = subprocess.run(["ldd", _cfrt.__file__], capture_output=True, text=True, check=True).stdout
     assert "libc.so" in listed
     assert "cuda" not in listed
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The checkout as far as a build reads it."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for source in (ROOT / name for name in BUILT_FROM):
-        if source.is_dir():
-            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-        else:
-            shutil.copy(source, folder)
-    return folder
-
-
-def test_a_broken_source_breaks_the_build(copy: Path, tmp_path: Path) -> None:
-    """No silent fallback to a pure Python wheel."""
-    source = copy / "csrc" / "bindings.cpp"
-    source.write_text('#error "broken on purpose"\n' + source.read_text())
-    build = ("wheel", str(copy), "--no-deps", "--no-build-isolation", "-v", "-w", str(tmp_path))
-    done = pip(*build, CFRT_CUDA="OFF")
-    assert done.returncode != 0
-    assert "broken on purpose" in done.stdout + done.stderr
-    assert list(tmp_path.glob("*.whl")) == []
-
-
-def test_an_unknown_cuda_setting_is_refused(copy: Path, tmp_path: Path) -> None:
-    build = ("wheel", str(copy), "--no-deps", "--no-build-isolation", "-v", "-w", str(tmp_path))
-    done = pip(*build, CFRT_CUDA="maybe")
-    assert done.returncode != 0
-    assert "expected CFRT_CUDA to be AUTO, ON or OFF, got 'maybe'" in done.stdout + done.stderr

@@ -23,7 +23,7 @@ from training.teacher import unit_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 1200
+    steps: int = 1600
     batch: int = 16
     lr: float = 5e-4
     levels: int = 24

@@ -283,8 +283,13 @@ def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextCo
     from training import chain, recipes  # they import this file
 
     recipe = recipes.tiny()
-    autoencoder, model = chain.trained_autoencoder(recipe, run), recipe.model
+    for stage in ("autoencoder", *stages):
+        if not chain.finished(run / stage):
+            raise ConfigError(
+                f"expected a finished stage in {run / stage}; run python -m training tiny --until {stage}"
+            )
     makers = {"bidirectional": sources.whole, "teacher": sources.teacher, "cd": sources.student, "dmd": sources.student}
+    autoencoder, model = chain.trained_autoencoder(recipe, run), recipe.model
     rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
     for stage in stages:
         network = chain.trained_network(recipe, run, stage).eval().requires_grad_(False)

@@ -136,14 +136,14 @@ def turn_rate(reading: Reading) -> Estimate:
 
 def features(position: Tensor, factors: Tensor) -> Tensor:
     """[B, 28] of positions [B, T, 2] and factors [B, 6]: where a clip starts, how far and how long it travels, its
-    turns, and what it shows (one-hot)."""
+    turns, and what it shows (one-hot, of deviation 1 where all values are equally likely)."""
     start, end = position[:, 0], position[:, -1]
     path = (position[:, 1:] - position[:, :-1]).norm(dim=-1).sum(1)
     motion = [start, end - start, path[:, None], turns(position)[:, None]]
-    shown = [
-        torch.nn.functional.one_hot(column, len(values))
-        for column, values in zip(factors.T, FACTORS.values(), strict=True)
-    ]
+    shown = []
+    for column, values in zip(factors.T, FACTORS.values(), strict=True):
+        k = len(values)
+        shown.append(torch.nn.functional.one_hot(column, k) * k / math.sqrt(k - 1))
     return torch.cat([part.double() for part in (*motion, *shown)], 1)
 
 
@@ -153,7 +153,7 @@ def distance(clips: Tensor, real: Tensor) -> Estimate:
     Both answer the same prompts in the same order. Features are scaled by their deviation in real clips. Pairs of one
     prompt are left out, so that two sets of real clips are 0 apart on average; a value means something beside theirs
     (Szekely & Rizzo, 2013)."""
-    scale = real.std(0).clamp(min=1e-3)
+    scale = real.std(0).clamp(min=0.5)
     x, y = (clips / scale).double(), (real / scale).double()
     across = torch.cdist(x, y)
     kernel = (across + across.mT - torch.cdist(x, x) - torch.cdist(y, y)).fill_diagonal_(0)

@@ -20,7 +20,7 @@ from training.optimisers import descend, muon_and_adam
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 16
     lr: float = 2e-3
     ema: float = 0.996

@@ -26,7 +26,7 @@ STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE cmake csrc cfrt training export
 WHEEL = $$(echo build/wheel/cfrt-*.whl)
 
-.PHONY: help demo test test-all lint format types imports bench dev clean FORCE
+.PHONY: help demo test test-all lint format types imports bench readme dev clean FORCE
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -102,6 +102,11 @@ imports: $(STAMPS)/test
 
 bench: $(STAMPS)/test
 	$(BIN)/pytest benchmarks $(ARGS)
+
+# The README's example output, picture and speed table, measured anew.
+readme: $(STAMPS)/test
+	$(BIN)/pytest benchmarks/bench_stream.py --benchmark-json build/bench.json
+	$(BIN)/python tools/readme.py --bench build/bench.json
 
 # An editable install: Python sources run from the checkout, the extension is built once.
 dev: $(STAMPS)/dev

@@ -181,8 +181,8 @@ def _opening(model: Mapping[str, Any]) -> str:
     first = len(model["first_steps"] or model["steps"])
     return (
         f"A causal video diffusion student that streams {width} x {height} pixels at {model['fps']:g} frames a second "
-        f"on a CPU: {len(model['steps'])} denoising passes a unit ({first} for the first one), one latent frame a unit, "
-        f"a window of {model['window']} latent frames. Trained from nothing by Causal Forcing (arXiv:2602.02214, "
+        f"on a CPU: {len(model['steps'])} denoising passes a unit ({first} for the first one), one latent frame a "
+        f"unit, a window of {model['window']} latent frames. Trained from nothing by Causal Forcing (arXiv:2602.02214, "
         "arXiv:2605.15141) on a procedural world whose factors are known exactly. It exists to show and test the whole "
         "path, training to stream, without a GPU or a download. This file is generated from measurements."
     )

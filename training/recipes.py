@@ -49,7 +49,7 @@ def smoke() -> Recipe:
         data=data.Config(clips=32),
         autoencoder=autoencoder.Config(steps=30, batch=4),
         bidirectional=bidirectional.Config(steps=10, batch=8),
-        teacher=teacher.Config(steps=8, batch=4),
+        teacher=teacher.Config(steps=8, batch=4, starts=8),
         cd=cd.Config(steps=6, batch=4),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2),

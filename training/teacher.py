@@ -9,36 +9,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
-from training.data import Clips, drop_captions
+from training.data import Batch, Clips, drop_captions
 from training.loop import Stats, cosine
-from training.network import Network, broadcast
+from training.network import Network, Velocity, broadcast
 from training.optimisers import descend, muon_and_adam
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 3000
+    steps: int = 3600
     batch: int = 16
     lr: float = 2e-3
     ema: float = 0.996
     caption_dropout: float = 0.1
-    first_weight: float = 2.0
-    """Loss weight of unit 0 against the others: it carries the whole unconditional scene, and its errors stay for
-    ever."""
+    first_weight: float = 4.0
+    """Loss weight of unit 0 against the others: it makes the whole scene out of nothing, and its errors stay."""
+    starts: int = 64
+    """Further unit-0 examples in every batch. They have no past, so they cost a twentieth of a clip each."""
 
 
-def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator) -> torch.Tensor:
+def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator) -> Tensor:
     """[B, T] uniform u, one for each unit of `frames` latent frames (reference schedule: independent per unit)."""
     return torch.rand(clips, units, generator=generator).repeat_interleave(frames, 1)
 
 
-def unit_weights(frames: int, first_weight: float) -> torch.Tensor:
-    """[T] loss weights of mean 1 in which the first frame counts `first_weight` times."""
+def unit_weights(frames: int, first_weight: float, unit: int) -> Tensor:
+    """[T] loss weights of mean 1 in which a frame of the first unit counts `first_weight` times."""
     weights = torch.ones(frames)
-    weights[0] = first_weight
+    weights[:unit] = first_weight
     return weights / weights.mean()
 
 
@@ -59,9 +61,30 @@ class Stage:
         x0 = batch.latents
         frames = x0.shape[1]
         s = flow.warp(unit_levels(len(x0), frames // unit, unit, generator), self.model.shift)
-        eps = torch.randn(x0.shape, generator=generator)
-        v = self.student.teacher_forced(flow.add_noise(x0, eps, broadcast(s)), s, batch)
-        error = (v - flow.velocity(x0, eps)).square().mean((0, 2, 3, 4))  # [T]
-        loss = (error * unit_weights(frames, config.first_weight)).mean()
+        error = self._error(self.student.teacher_forced, batch, s, generator).mean(0)  # [T]
+        first = error[:unit].mean()
+        if config.starts:
+            first = torch.lerp(self._starts(index, generator), first, len(x0) / (len(x0) + config.starts))
+        weights = unit_weights(frames, config.first_weight, unit)
+        loss = (error * weights)[unit:].sum() / frames + first * weights[:unit].sum() / frames
         norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
-        return {"loss": error.mean().item(), "first": error[0].item(), "norm": norm}
+        return {"loss": error.mean().item(), "first": first.item(), "norm": norm}
+
+    def _starts(self, index: int, generator: torch.Generator) -> Tensor:
+        """Mean error on further first units, of clips that this batch does not hold. A first unit sees only itself, so
+        the bidirectional forward over it alone is the teacher-forced one."""
+        config, unit = self.config, self.model.unit
+        clips = self.clips.batch(index + self.steps, config.starts)
+        cut = Batch(
+            latents=clips.latents[:, :unit], captions=clips.captions[:, :1], caption=clips.caption[:, :unit] * 0
+        )
+        batch = drop_captions(cut, config.caption_dropout, generator)
+        s = flow.warp(unit_levels(config.starts, 1, unit, generator), self.model.shift)
+        return self._error(self.student.bidirectional, batch, s, generator).mean()
+
+    def _error(self, velocity: Velocity, batch: Batch, s: Tensor, generator: torch.Generator) -> Tensor:
+        """Squared error of v for each clip and frame, [B, T]."""
+        x0 = batch.latents
+        eps = torch.randn(x0.shape, generator=generator)
+        v = velocity(flow.add_noise(x0, eps, broadcast(s)), s, batch)
+        return (v - flow.velocity(x0, eps)).square().mean((2, 3, 4))

@@ -23,11 +23,11 @@ from training.teacher import unit_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 16
     lr: float = 5e-4
     levels: int = 24
-    guidance: float = 2.0
+    guidance: float = 3.0
     ema: float = 0.96
     first_weight: float = 3.0
 
@@ -62,6 +62,6 @@ class Stage:
             goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, batch), broadcast(s_next))
         jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, batch), broadcast(s))
         error = (jump - goal).square().mean((0, 2, 3, 4))
-        loss = (error * unit_weights(frames, config.first_weight, unit)).mean()
+        loss = (error * unit_weights(frames, unit, config.first_weight)).mean()
         norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
         return {"loss": error.mean().item(), "first": error[0].item(), "norm": norm}

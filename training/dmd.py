@@ -27,7 +27,7 @@ from training.optimisers import adam, descend
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 250
+    steps: int = 150
     """Student updates."""
     batch: int = 24
     lr: float = 1e-4

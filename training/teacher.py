@@ -21,13 +21,15 @@ from training.optimisers import descend, muon_and_adam
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 3600
+    steps: int = 5400
     batch: int = 16
     lr: float = 2e-3
     ema: float = 0.996
     caption_dropout: float = 0.1
     first_weight: float = 4.0
     """Loss weight of unit 0 against the others: it makes the whole scene out of nothing, and its errors stay."""
+    early_weight: float = 2.0
+    """Loss weight of the three units after it, in which the caption alone decides where the object heads."""
     starts: int = 64
     """Further unit-0 examples in every batch. They have no past, so they cost a twentieth of a clip each."""
 
@@ -37,10 +39,11 @@ def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator)
     return torch.rand(clips, units, generator=generator).repeat_interleave(frames, 1)
 
 
-def unit_weights(frames: int, first_weight: float, unit: int) -> Tensor:
-    """[T] loss weights of mean 1 in which a frame of the first unit counts `first_weight` times."""
+def unit_weights(frames: int, unit: int, first: float, early: float = 1.0) -> Tensor:
+    """[T] loss weights of mean 1: a frame of the first unit counts `first` times, of the next three `early` times."""
     weights = torch.ones(frames)
-    weights[:unit] = first_weight
+    weights[: 4 * unit] = early
+    weights[:unit] = first
     return weights / weights.mean()
 
 
@@ -65,7 +68,7 @@ class Stage:
         first = error[:unit].mean()
         if config.starts:
             first = torch.lerp(self._starts(index, generator), first, len(x0) / (len(x0) + config.starts))
-        weights = unit_weights(frames, config.first_weight, unit)
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
         loss = (error * weights)[unit:].sum() / frames + first * weights[:unit].sum() / frames
         norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
         return {"loss": error.mean().item(), "first": first.item(), "norm": norm}

@@ -37,7 +37,9 @@ class Config:
     """Critic updates before the first one of the student."""
     guidance: float = 1.0
     """Of the real score. Above 1 the latents grow too energetic (deviation 1.2 at 2)."""
-    tau: tuple[float, float] = (0.02, 0.98)
+    tau: tuple[float, float] = (0.02, 0.85)
+    """Noise levels at which the scores are compared. Above 0.85 this recipe's real score no longer tells where a caption
+    sends the object (27 % of one-jump estimates at 0.9, 85 % at 0.7), and would teach the student to forget it."""
     ema: float = 0.97
 
 
@@ -80,11 +82,9 @@ class Stage:
 
     def _noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(x_tau, tau [B, n], noise): one level a clip, as the scores are clip-level."""
-        tau = (
-            flow.warp(torch.rand(len(x), 1, generator=generator), self.model.shift)
-            .clamp(*self.config.tau)
-            .expand(x.shape[:2])
-        )
+        low, high = (flow.unwarp(s, self.model.shift) for s in self.config.tau)
+        u = low + (high - low) * torch.rand(len(x), 1, generator=generator)
+        tau = flow.warp(u, self.model.shift).expand(x.shape[:2])
         eps = torch.randn(x.shape, generator=generator)
         return flow.add_noise(x, eps, broadcast(tau)), tau, eps
 

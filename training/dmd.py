@@ -38,8 +38,8 @@ class Config:
     guidance: float = 1.0
     """Of the real score. Above 1 the latents grow too energetic (deviation 1.2 at 2)."""
     tau: tuple[float, float] = (0.02, 0.85)
-    """Noise levels at which the scores are compared. Above 0.85 this recipe's real score no longer tells where a caption
-    sends the object (27 % of one-jump estimates at 0.9, 85 % at 0.7), and would teach the student to forget it."""
+    """Noise levels at which the scores are compared. Above 0.85 this recipe's real score no longer tells where a
+    caption sends the object (27 % of one-jump estimates at 0.9, 85 % at 0.7), and would teach the student to forget."""
     ema: float = 0.97
 
 

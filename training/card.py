@@ -32,6 +32,8 @@ COLUMNS = {
     "real": "real clips",
     "reconstruction": "through the autoencoder",
     "teacher": "AR teacher, {teacher_steps} guided steps",
+    "cd": "after consistency distillation alone, {steps} steps",
+    "dmd": "after DMD, {steps} steps",
     "student": "**student, {steps} steps**",
 }
 USE = """```python
@@ -63,13 +65,11 @@ def collect(recipe: Recipe, out: Path) -> Results:
     from training import chain  # it imports the recipes, and they this package's evaluation
 
     autoencoder, model = chain.trained_autoencoder(recipe, out), recipe.model
-    networks = {
-        stage: chain.trained_network(recipe, out, stage).eval().requires_grad_(False) for stage in ("teacher", "dmd")
-    }
-    samplers = {
-        "teacher": sources.teacher(networks["teacher"], model, chain.TEACHER_STEPS, chain.GUIDANCE),
-        "student": sources.student(networks["dmd"], model),
-    }
+    teacher = chain.trained_network(recipe, out, "teacher").eval().requires_grad_(False)
+    samplers = {"teacher": sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)}
+    for stage in ("cd", "dmd"):
+        student = chain.trained_network(recipe, out, stage).eval().requires_grad_(False)
+        samplers["student" if stage == recipe.ships else stage] = sources.student(student, model)
     began = time.monotonic()
     rows = evaluate.evaluate(samplers, autoencoder, model.text, recipe.evaluate, out / "sheets")
     return {
@@ -77,7 +77,7 @@ def collect(recipe: Recipe, out: Path) -> Results:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "parameters": {
-            "transformer and text": sum(p.numel() for p in networks["dmd"].parameters()),
+            "transformer and text": sum(p.numel() for p in teacher.parameters()),
             "autoencoder": sum(p.numel() for p in autoencoder.parameters()),
         },
         "teacher": {"steps": chain.TEACHER_STEPS, "guidance": chain.GUIDANCE},
@@ -114,10 +114,8 @@ def spent(stats: Path) -> dict[str, float]:
 
 def titles_of(results: Results) -> dict[str, str]:
     model = results["config"]["model"]
-    return {
-        name: title.format(teacher_steps=results["teacher"]["steps"], steps=len(model["steps"]))
-        for name, title in COLUMNS.items()
-    }
+    facts = {"teacher_steps": results["teacher"]["steps"], "steps": len(model["steps"])}
+    return {name: title.format(**facts) for name, title in COLUMNS.items() if name in results["rows"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- card

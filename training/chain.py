@@ -93,9 +93,9 @@ def adopt(folder: Path, out: Path) -> None:
             loop.write_tensors(out / name / "average.safetensors", full)
 
 
-def save_student(recipe: Recipe, out: Path, folder: Path, stage: str = "dmd") -> None:
+def save_student(recipe: Recipe, out: Path, folder: Path) -> None:
     """Write the student's bundle: config.json and model.safetensors."""
-    network, decoder = weights(out, stage), weights(out, "autoencoder")
+    network, decoder = weights(out, recipe.ships), weights(out, "autoencoder")
     tensors = dict(network)
     tensors |= {f"autoencoder.{name}": value for name, value in decoder.items()}
     save_model(folder, recipe.model, {name: value.float().numpy() for name, value in tensors.items()})

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from cfrt.config import PRESETS, ModelConfig, TextConfig
 from training import autoencoder, bidirectional, captions, cd, data, dmd, evaluate, teacher
@@ -19,6 +20,8 @@ class Recipe:
     name: str
     model: ModelConfig
     seed: int = 1
+    ships: Literal["cd", "dmd"] = "dmd"
+    """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=data.Config)
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
     bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)

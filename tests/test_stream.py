@@ -352,17 +352,17 @@ def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt
 
 
 def test_memory_and_time_per_unit_are_flat(open_stream: Callable[..., cfrt.Stream]) -> None:
-    """Short form: 300 units. Time is compared with itself, never with the clock on the wall."""
+    """Short form: 300 units. Time is the processor's own and compared with itself: a busy machine is no news."""
     stream = open_stream()
     frames = stream.frames()
     spans: list[float] = []
 
     def advance(units: int) -> None:
         for _ in range(units):
-            begin = time.perf_counter()
+            begin = time.process_time()
             for _ in range(4):
                 next(frames)
-            spans.append(time.perf_counter() - begin)
+            spans.append(time.process_time() - begin)
 
     advance(60)
     tracemalloc.start()
@@ -510,7 +510,6 @@ def test_statistics(open_stream: Callable[..., cfrt.Stream]) -> None:
     assert stats.decode.count >= 6
     assert stats.commit.count >= 5
     assert stats.ring == (3, 3)
-    assert stats.real_time
     assert "p50=" in repr(stats.latency)
 
 

@@ -275,7 +275,7 @@ def scripted(stream: "Stream", count: int, changes: list[tuple[float, str]]) -> 
 
 
 def _change(text: str, seconds: float) -> tuple[float, str]:
-    """"2.0: another prompt" as (2.0, "another prompt")."""
+    """ "2.0: another prompt" as (2.0, "another prompt")."""
     time, colon, prompt = text.partition(":")
     try:
         at = float(time)

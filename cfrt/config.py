@@ -337,7 +337,7 @@ def _tiny() -> ModelConfig:
         unit=1,
         window=8,
         trained_frames=10,
-        steps=(1.0, 0.5),
+        steps=(1.0, 0.15),
         first_steps=(1.0, 0.75, 0.5, 0.25),
         shift=3.0,
         rope_theta=100.0,

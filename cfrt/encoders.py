@@ -170,9 +170,9 @@ def _palette_graph(height: int, width: int, time_base: Fraction) -> Graph:
 
 # ---------------------------------------------------------------------- raw y4m
 
-_STUDIO = np.array(
-    [[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]
-) / 255  # ITU-R BT.601, full-range RGB to studio-range YCbCr: what a reader of y4m assumes
+_STUDIO = (
+    np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
+)  # ITU-R BT.601, full-range RGB to studio-range YCbCr: what a reader of y4m assumes
 _OFFSET = np.array([16.0, 128.0, 128.0])[:, None]
 
 

@@ -82,9 +82,7 @@ class Stream:
     ) -> None:
         born = perf_counter()
         self.config, weights = load_model(students.find(model))
-        spec = Spec(
-            config=self.config, weights=weights, device=device, precision=precision, seed=seed, threads=threads
-        )
+        spec = Spec(config=self.config, weights=weights, device=device, precision=precision, seed=seed, threads=threads)
         self._text = encoder(self.config, weights)
         encoded = self._encode(prompt)
         beat = self._beat(fps, keep)
@@ -96,9 +94,7 @@ class Stream:
         self._identity = (self.config.name, self.engine, device, precision, seed)
         self._prompt = prompt
         timeline = Timeline(prompt, encoded.rows)
-        self._worker = Worker(
-            made, self.config, timeline, fps=beat, live=keep == "latest", image=image, born=born
-        )
+        self._worker = Worker(made, self.config, timeline, fps=beat, live=keep == "latest", image=image, born=born)
         self._stop = weakref.finalize(self, self._worker.close)
 
     def frames(self, n: int | None = None, seconds: float | None = None) -> Iterator[Frame]:
@@ -201,10 +197,14 @@ class Stream:
             return None
         height, width = self.config.frame_size
         if self.config.unit != 1:
-            raise EngineError(f"only a frame-wise model can start from a picture; {self.config.name!r} makes units of "
-                              f"{self.config.unit} latent frames")
+            raise EngineError(
+                f"only a frame-wise model can start from a picture; {self.config.name!r} makes units of "
+                f"{self.config.unit} latent frames"
+            )
         if not isinstance(image, np.ndarray) or image.shape != (height, width, 3) or image.dtype != np.uint8:
             got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise VideoError(f"expected a picture ({height}, {width}, 3) uint8, got {got}; "
-                             f"cfrt.video.read_picture(path, ({height}, {width})) makes one")
+            raise VideoError(
+                f"expected a picture ({height}, {width}, 3) uint8, got {got}; "
+                f"cfrt.video.read_picture(path, ({height}, {width})) makes one"
+            )
         return image

@@ -1,6 +1,6 @@
 """The whole recipe in miniature, as a user would type it: `python -m training tiny --smoke`, and its student streams.
 
-Runs on the CPU, under a minute; what the student shows is noise, that every stage and file fits the next is the point."""
+Runs on the CPU, under a minute. The student shows noise; that every stage and file fits the next is the point."""
 
 from __future__ import annotations
 

@@ -608,4 +608,3 @@ def test_prompts_from_another_thread(open_stream: Callable[..., cfrt.Stream]) ->
     for frame in frames:
         by_unit.setdefault(frame.unit, set()).add(frame.prompt)
     assert all(len(texts) == 1 for texts in by_unit.values())
-

@@ -23,13 +23,14 @@ from training.teacher import unit_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 1200
+    steps: int = 2000
     batch: int = 16
     lr: float = 5e-4
     levels: int = 24
     guidance: float = 3.0
     ema: float = 0.96
     first_weight: float = 3.0
+    early_weight: float = 2.0
 
 
 class Stage:
@@ -62,6 +63,6 @@ class Stage:
             goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, batch), broadcast(s_next))
         jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, batch), broadcast(s))
         error = (jump - goal).square().mean((0, 2, 3, 4))
-        loss = (error * unit_weights(frames, unit, config.first_weight)).mean()
+        loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
         norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
         return {"loss": error.mean().item(), "first": error[0].item(), "norm": norm}

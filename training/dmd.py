@@ -27,7 +27,7 @@ from training.optimisers import adam, descend
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 150
+    steps: int = 100
     """Student updates."""
     batch: int = 24
     lr: float = 1e-4

@@ -5,18 +5,21 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-class Cuda(TypedDict):
+class _Cuda(TypedDict):
     version: str
     archs: list[int]
 
-class BuildInfo(TypedDict):
+class _BuildInfo(TypedDict):
     compiler: str
     isa: list[str]
-    cuda: Cuda | None
+    cuda: _Cuda | None
 
-def build_info() -> BuildInfo: ...
+class _Bound(type):  # the metaclass of what pybind11 binds
+    ...
 
-class Geometry:
+def build_info() -> _BuildInfo: ...
+
+class Geometry(metaclass=_Bound):
     def __init__(self, *, unit: int, window: int, sinks: int = 0) -> None: ...
     @property
     def unit(self) -> int: ...
@@ -31,7 +34,7 @@ class Geometry:
     def slot(self, frame: int) -> int: ...
     def slots(self, unit: int) -> list[tuple[int, int]]: ...
 
-class Noise:
+class Noise(metaclass=_Bound):
     def __init__(self, seed: int, unit: int, step: int, purpose: int) -> None: ...
     def bits(self, count: int) -> NDArray[np.uint32]: ...
     def normal(self, count: int) -> NDArray[np.float32]: ...

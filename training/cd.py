@@ -23,11 +23,11 @@ from training.teacher import unit_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 16
     lr: float = 5e-4
     levels: int = 24
-    guidance: float = 3.0
+    guidance: float = 4.0
     ema: float = 0.96
     first_weight: float = 3.0
     early_weight: float = 2.0

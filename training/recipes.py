@@ -20,7 +20,7 @@ class Recipe:
     name: str
     model: ModelConfig
     seed: int = 1
-    ships: Literal["cd", "dmd"] = "dmd"
+    ships: Literal["cd", "dmd"] = "cd"
     """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=data.Config)
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)

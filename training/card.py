@@ -82,17 +82,23 @@ def collect(recipe: Recipe, out: Path) -> Results:
         },
         "teacher": {"steps": chain.TEACHER_STEPS, "guidance": chain.GUIDANCE},
         "stages": {name: spent(out / name / "stats.jsonl") for name in chain.STAGES},
+        "notes": _notes(out / "notes.md"),
         "evaluation_seconds": round(time.monotonic() - began),
         "config": json.loads(json.dumps(asdict(recipe))),
         "rows": evaluate.plain(rows),
     }
 
 
+def _notes(path: Path) -> list[str]:
+    """What the run did otherwise than its recipe says, in the words of whoever ran it; a paragraph each."""
+    return path.read_text(encoding="utf-8").strip().split("\n\n") if path.exists() else []
+
+
 def machine() -> dict[str, str | int]:
     """Where this runs: every time on the card belongs to it."""
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": os.cpu_count() or 1,
         "torch": torch.__version__,
         "precision": "fp32 (convolutions of the autoencoder's training in bf16)",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -210,7 +216,7 @@ def training(results: Results) -> str:
         f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['precision']}, {where['system']}. "
         f"Parameters: {weights}. Seed {results['config']['seed']}. "
         f"`python -m training {results['recipe']}` trains it again."
-    )
+    ) + "".join(f"\n\n{note}" for note in results.get("notes", ()))
 
 
 def clock(seconds: float) -> str:

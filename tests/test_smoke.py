@@ -25,9 +25,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_stage_leaves_weights_and_statistics(run: Path) -> None:
+def test_every_stage_leaves_weights_statistics_and_a_preview(run: Path) -> None:
     for stage in chain.STAGES:
         assert chain.finished(run / stage)
+        assert (run / stage / "preview.png").read_bytes().startswith(b"\x89PNG")
         rows = [json.loads(row) for row in (run / stage / "stats.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == json.loads((run / stage / "config.json").read_text())["steps"]
 

@@ -110,21 +110,32 @@ def test_captions_switch_where_the_scene_does() -> None:
     assert plan.caption(10).sum(1).eq(10 - plan.unit).all()
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "teacher", "cd"])
-def test_a_stage_learns(name: str, recipe: recipes.Recipe, clips: data.Clips) -> None:
+@pytest.mark.parametrize("name", ["bidirectional", "teacher"])
+def test_a_teacher_learns(name: str, recipe: recipes.Recipe, clips: data.Clips) -> None:
     """Loss on the same few clips falls."""
     torch.manual_seed(0)
-    start = Network(recipe.model)
     stage: loop.Stage
     if name == "bidirectional":
         stage = bidirectional.Stage(bidirectional.Config(steps=40, batch=8), recipe.model, clips)
-    elif name == "teacher":
-        stage = teacher.Stage(teacher.Config(steps=40, batch=8), recipe.model, clips, start)
     else:
-        stage = cd.Stage(cd.Config(steps=40, batch=8, levels=4), recipe.model, clips, start)
+        config = teacher.Config(steps=40, batch=8, starts=4)
+        stage = teacher.Stage(config, recipe.model, clips, Network(recipe.model))
     losses = [stage.step(i, loop.step_generator(0, i))["loss"] for i in range(40)]
-    assert sum(losses[-8:]) < 0.9 * sum(losses[:8]) or name == "cd"
-    assert all(torch.isfinite(p).all() for p in stage.student.parameters())
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_consistency_distillation_ends_at_the_clean_side(recipe: recipes.Recipe, clips: data.Clips) -> None:
+    """With one level, s = 1 -> 0, the goal is the guided teacher's one-step sample: the student comes to make it."""
+    torch.manual_seed(0)
+    start = Network(recipe.model)
+    for linear in (start.dit.head.head, start.dit.blocks[0].cross_attn.o):  # both are zero in a new network
+        nn.init.normal_(linear.weight, std=0.3)
+    config = cd.Config(steps=60, batch=4, levels=1, guidance=4.0, lr=2e-3)
+    stage = cd.Stage(config, recipe.model, clips, start)
+    frozen = {name: value.clone() for name, value in stage.teacher.state_dict().items()}
+    losses = [stage.step(i, loop.step_generator(0, i))["loss"] for i in range(60)]
+    assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
+    assert all(torch.equal(value, stage.teacher.state_dict()[name]) for name, value in frozen.items())
 
 
 def test_dmd_moves_the_student_and_not_the_real_score(recipe: recipes.Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import save_model
-from training import autoencoder, bidirectional, cd, data, dmd, loop, preview, rollout, teacher
+from training import autoencoder, bidirectional, cd, data, dmd, loop, preview, rollout, teacher, worlds
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
@@ -140,19 +140,28 @@ TEACHER_STEPS = 24
 GUIDANCE = 2.0
 
 
-def _previewer(recipe: Recipe, out: Path, name: str, average: Average) -> Callable[[int], None] | None:
+def _previewer(recipe: Recipe, out: Path, name: str, average: Average) -> Callable[[int], None]:
     """A contact sheet of what the stage makes, drawn at every checkpoint from the same captions and noise."""
-    if name == "autoencoder":
-        return None
-    decoder = trained_autoencoder(recipe, out)
 
     def draw(step: int) -> None:
-        state = torch.get_rng_state()
-        latents = sample(load(recipe.model, average.weights), recipe, name, PREVIEW_CLIPS)
-        preview.sheet(data.decode(decoder, latents), out / name / "preview.png")
-        torch.set_rng_state(state)
+        if name == "autoencoder":
+            video = _reconstructions(recipe, average.weights)
+        else:
+            latents = sample(load(recipe.model, average.weights), recipe, name, PREVIEW_CLIPS)
+            video = data.decode(trained_autoencoder(recipe, out), latents)
+        preview.sheet(video, out / name / "preview.png")
 
     return draw
+
+
+def _reconstructions(recipe: Recipe, weights: Mapping[str, Tensor]) -> Tensor:
+    """Real clips, each with its reconstruction below it: [B, T, 3, H, W]."""
+    network = Autoencoder(recipe.model.autoencoder).eval()
+    network.load_state_dict(dict(weights))
+    generator = step_generator(7, 0)
+    plan = data.script(PREVIEW_CLIPS // 2, recipe.data, generator)
+    video = worlds.render(data.play(plan, recipe.data.units, generator))
+    return torch.stack([video, data.decode(network, data.encode(network, video))], 1).flatten(0, 1)
 
 
 @torch.no_grad()

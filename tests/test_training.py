@@ -5,7 +5,9 @@ Runs on the CPU in seconds."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,18 +33,25 @@ class _Line:
         torch.manual_seed(0)
         self.steps, self.stop = steps, stop
         self.student = nn.Linear(3, 3)
-        self.networks = {"student": self.student}
-        self.optimisers = {"adam": torch.optim.AdamW(self.student.parameters(), lr=1e-2)}
+        self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
-    def step(self, index: int, generator: torch.Generator) -> loop.Stats:
+    def optimisers(self) -> dict[str, loop.Optimisers]:
+        return {"student": {"adam": torch.optim.AdamW(self.student.parameters(), lr=1e-2)}}
+
+    def step(self, index: int) -> Iterator[loop.Update]:
         if index == self.stop:
             raise KeyboardInterrupt
-        x = torch.randn(4, 3, generator=generator) + torch.randn(4, 3)
+        yield loop.Update("student", 1e-2, self.loss)
+
+    def loss(self, micro: loop.Micro) -> tuple[torch.Tensor, loop.Stats]:
+        x = torch.randn(4, 3, generator=micro.generator) + torch.randn(4, 3)
         loss = self.student(x).square().mean()
-        self.optimisers["adam"].zero_grad()
-        loss.backward()
-        self.optimisers["adam"].step()
-        return {"loss": loss.item()}
+        return loss, {"loss": loss.item()}
+
+
+def _losses(stage: loop.Stage, steps: int) -> list[float]:
+    optimisers = stage.optimisers()
+    return [loop.take(stage, optimisers, index, seed=0).get("loss", 0.0) for index in range(steps)]
 
 
 def _run(folder: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
@@ -116,11 +125,11 @@ def test_a_teacher_learns(name: str, recipe: recipes.Recipe, clips: data.Clips) 
     torch.manual_seed(0)
     stage: loop.Stage
     if name == "bidirectional":
-        stage = bidirectional.Stage(bidirectional.Config(steps=40, batch=8), recipe.model, clips)
+        config = bidirectional.Config(steps=40, batch=8)
+        stage = bidirectional.Stage(config, recipe.model, clips, Network(recipe.model))
     else:
-        config = teacher.Config(steps=40, batch=8, starts=4)
-        stage = teacher.Stage(config, recipe.model, clips, Network(recipe.model))
-    losses = [stage.step(i, loop.step_generator(0, i))["loss"] for i in range(40)]
+        stage = teacher.Stage(teacher.Config(steps=40, batch=8, starts=4), recipe.model, clips, Network(recipe.model))
+    losses = _losses(stage, 40)
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
@@ -133,20 +142,18 @@ def test_consistency_distillation_ends_at_the_clean_side(recipe: recipes.Recipe,
     config = cd.Config(steps=60, batch=4, levels=1, guidance=4.0, lr=2e-3)
     stage = cd.Stage(config, recipe.model, clips, start)
     frozen = {name: value.clone() for name, value in stage.teacher.state_dict().items()}
-    losses = [stage.step(i, loop.step_generator(0, i))["loss"] for i in range(60)]
+    losses = _losses(stage, 60)
     assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
     assert all(torch.equal(value, stage.teacher.state_dict()[name]) for name, value in frozen.items())
 
 
 def test_dmd_moves_the_student_and_not_the_real_score(recipe: recipes.Recipe) -> None:
     torch.manual_seed(0)
-    stage = dmd.Stage(
-        dmd.Config(steps=4, batch=2, critic_warmup=1), recipe.model, DATA, Network(recipe.model), Network(recipe.model)
-    )
+    config, prompts = dmd.Config(steps=4, batch=2, critic_warmup=1), partial(data.prompts, config=DATA)
+    stage = dmd.Stage(config, recipe.model, prompts, Network(recipe.model), Network(recipe.model))
     real = {k: v.clone() for k, v in stage.real.state_dict().items()}
     before = {k: v.clone() for k, v in stage.student.state_dict().items()}
-    for index in range(2):
-        stage.step(index, loop.step_generator(0, index))
+    _losses(stage, 2)
     assert all(torch.equal(v, stage.real.state_dict()[k]) for k, v in real.items())
     assert any(not torch.equal(v, stage.student.state_dict()[k]) for k, v in before.items())
 
@@ -173,7 +180,7 @@ def test_rollout_of_the_teacher_equals_its_training_forward(recipe: recipes.Reci
     noise, s = torch.randn_like(batch.latents), torch.full((3, DATA.units), 0.7)
     with torch.no_grad():
         expected = network.teacher_forced(noise, s, batch)
-        player = rollout.Player(network, recipe.model, batch.captions, batch.caption)
+        player = rollout.Player(network, recipe.model, batch)
         for unit in range(DATA.units):
             v = player.velocity(noise[:, unit : unit + 1], 0.7, unit)
             torch.testing.assert_close(v[:, 0], expected[:, unit], atol=2e-5, rtol=1e-4)

@@ -6,15 +6,17 @@ the change from frame to frame, because motion is what the later stages must be 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfrt.config import AutoencoderConfig
 from cfrt.nn.autoencoder import Autoencoder
 from training import worlds
-from training.loop import Stats, cosine
+from training.loop import Micro, Optimisers, Stats, Update, cosine
+from training.optimisers import adam
 
 UNITS = 3  # a start and two further units: every case the decoder meets
 STATISTICS = 0.02  # update rate of the running mean and deviation
@@ -44,12 +46,16 @@ class Stage:
     def __init__(self, config: Config, autoencoder: AutoencoderConfig) -> None:
         self.config, self.steps = config, config.steps
         self.student = channels_last(Autoencoder(autoencoder))
-        self.networks = {"autoencoder": self.student}
-        adam = torch.optim.AdamW(self.student.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-3)
-        self.optimisers = {"autoencoder": adam}
+        self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
-    def step(self, index: int, generator: torch.Generator) -> Stats:
-        config, optimiser = self.config, self.optimisers["autoencoder"]
+    def optimisers(self) -> dict[str, Optimisers]:
+        return {"student": adam(self.student, self.config.lr, (0.9, 0.95), weight_decay=1e-3)}
+
+    def step(self, index: int) -> Iterator[Update]:
+        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+
+    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        config, generator = self.config, micro.generator
         video, weight = batch(config.batch, generator)
         with torch.autocast("cpu", torch.bfloat16):  # convolutions run 1.5x faster on a CPU with AVX-512-BF16
             latents = self._standardise(self.student.encode_raw(video).float())
@@ -60,13 +66,7 @@ class Stage:
         weight = 1 + (config.object_weight - 1) * weight
         loss = (weight * (0.3 * error.abs() + 3 * error.square())).mean()
         loss = loss + config.motion_weight * (weight[:, 1:] * (0.1 * motion.abs() + motion.square())).mean()
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * cosine(index, config.steps)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        optimiser.step()
-        return {"loss": loss.item(), "psnr": -10 * error.detach().square().mean().log10().item()}
+        return loss, {"loss": loss.item(), "psnr": -10 * error.detach().square().mean().log10().item()}
 
     def _standardise(self, raw: Tensor) -> Tensor:
         """Latents with the batch's own mean and deviation; the running ones are what `encode` will use."""

@@ -6,18 +6,19 @@ trajectory)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfrt import flow
 from cfrt.config import ModelConfig
-from training.data import Batch, Clips, drop_captions
-from training.loop import Stats, cosine
+from training.data import Batch, DataSet, Prompts
+from training.loop import Micro, Optimisers, Stats, Update, cosine
 from training.network import Network, broadcast, guided
-from training.optimisers import descend, muon_and_adam
+from training.optimisers import muon_and_adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,39 +35,42 @@ class Stage:
 
     name = "bidirectional"
 
-    def __init__(self, config: Config, model: ModelConfig, clips: Clips) -> None:
+    def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
-        self.student = Network(model)
-        self.networks = {"student": self.student}
-        self.optimisers = muon_and_adam(self.student, config.lr)
+        self.student = start
+        self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
-    def step(self, index: int, generator: torch.Generator) -> Stats:
-        config = self.config
-        batch = drop_captions(self.clips.batch(index, config.batch), config.caption_dropout, generator)
+    def optimisers(self) -> dict[str, Optimisers]:
+        return {"student": muon_and_adam(self.student, self.config.lr)}
+
+    def step(self, index: int) -> Iterator[Update]:
+        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+
+    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        config, generator = self.config, micro.generator
+        batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
         x0 = batch.latents
         s = flow.warp(torch.rand(len(x0), 1, generator=generator), self.model.shift).expand(x0.shape[:2])
         eps = torch.randn(x0.shape, generator=generator)
         v = self.student.bidirectional(flow.add_noise(x0, eps, broadcast(s)), s, batch)
         loss = (v - flow.velocity(x0, eps)).square().mean()
-        norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
-        return {"loss": loss.item(), "norm": norm}
+        return loss, {"loss": loss.item()}
 
 
 @torch.no_grad()
 def sample(
     network: Network,
     model: ModelConfig,
-    captions: Tensor,
-    caption: Tensor,
+    prompts: Prompts,
     generator: torch.Generator,
     *,
     steps: int,
     guidance: float,
 ) -> Tensor:
-    """Whole clips [B, n, C, h, w] by guided Euler steps; captions [B, 2, L], caption [B, n]."""
-    shape = (len(captions), caption.shape[1], model.latent_channels, *model.latent_grid)
+    """Whole clips [B, n, C, h, w] by guided Euler steps."""
+    shape = (*prompts.caption.shape, model.latent_channels, *model.latent_grid)
     x = torch.randn(shape, generator=generator)
-    batch = Batch(latents=x, captions=captions, caption=caption)
+    batch = Batch.of(x, prompts)
     grid = flow.euler_grid(steps, model.shift)
     for s, s_next in pairwise(grid):
         v = guided(network.bidirectional, x, torch.full(shape[:2], s), batch, guidance)

@@ -8,16 +8,18 @@ interval, down to s = 0, is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
-from training.data import Clips
-from training.loop import Average, Stats, cosine
+from training.data import DataSet
+from training.loop import Average, Micro, Optimisers, Stats, Update, cosine
 from training.network import Network, broadcast, clone, frozen, guided
-from training.optimisers import adam, descend
+from training.optimisers import adam
 from training.teacher import unit_weights
 
 
@@ -26,6 +28,7 @@ class Config:
     steps: int = 3000
     batch: int = 16
     lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.99)
     levels: int = 24
     guidance: float = 4.0
     ema: float = 0.96
@@ -38,19 +41,25 @@ class Stage:
 
     name = "cd"
 
-    def __init__(self, config: Config, model: ModelConfig, clips: Clips, teacher: Network) -> None:
+    def __init__(self, config: Config, model: ModelConfig, clips: DataSet, teacher: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
         self.teacher = frozen(teacher)
         self.student = clone(teacher, model)
         self.target = frozen(clone(teacher, model))
         self.average = Average(self.student, config.ema, warm=False)
         self.networks = {"student": self.student}
-        self.optimisers = {"adam": adam(self.student, config.lr, (0.9, 0.99))}
+        self.frozen = {"teacher": self.teacher, "target": self.target}
         self.grid = torch.tensor(flow.euler_grid(config.levels, model.shift))
 
-    def step(self, index: int, generator: torch.Generator) -> Stats:
-        config, unit = self.config, self.model.unit
-        batch = self.clips.batch(index, config.batch)
+    def optimisers(self) -> dict[str, Optimisers]:
+        return {"student": adam(self.student, self.config.lr, self.config.betas)}
+
+    def step(self, index: int) -> Iterator[Update]:
+        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+
+    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        config, unit, generator = self.config, self.model.unit, micro.generator
+        batch = self.clips.batch(micro.index, config.batch)
         x0 = batch.latents
         frames = x0.shape[1]
         level = torch.randint(config.levels, (len(x0), frames // unit), generator=generator).repeat_interleave(unit, 1)
@@ -64,5 +73,4 @@ class Stage:
         jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, batch), broadcast(s))
         error = (jump - goal).square().mean((0, 2, 3, 4))
         loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
-        norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
-        return {"loss": error.mean().item(), "first": error[0].item(), "norm": norm}
+        return loss, {"loss": error.mean().item(), "first": error[:unit].mean().item()}

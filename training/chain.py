@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ def _autoencoder(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 
 def _bidirectional(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    stage = bidirectional.Stage(recipe.bidirectional, recipe.model, _clips(recipe, out))
+    stage = bidirectional.Stage(recipe.bidirectional, recipe.model, _clips(recipe, out), Network(recipe.model))
     return _averaged(stage, recipe.bidirectional.ema)
 
 
@@ -132,7 +133,8 @@ def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "bidirectional")
-    return _averaged(dmd.Stage(recipe.dmd, recipe.model, recipe.data, student, score), recipe.dmd.ema)
+    prompts = partial(data.prompts, config=recipe.data)
+    return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score), recipe.dmd.ema)
 
 
 PREVIEW_CLIPS = 8
@@ -168,17 +170,14 @@ def _reconstructions(recipe: Recipe, weights: Mapping[str, Tensor]) -> Tensor:
 def sample(network: Network, recipe: Recipe, stage: str, clips: int, seed: int = 7) -> Tensor:
     """Latents of a few clips as the stage samples them: guided Euler for teachers, few steps for students."""
     generator = step_generator(seed, 0)
-    plan = data.script(clips, recipe.data, generator)
-    caption = plan.caption(recipe.data.units)
+    prompts = data.prompts(clips, generator, recipe.data)
     units = recipe.data.units // recipe.model.unit
     if stage == "bidirectional":
-        return bidirectional.sample(
-            network, recipe.model, plan.captions, caption, generator, steps=TEACHER_STEPS, guidance=GUIDANCE
-        )
+        return bidirectional.sample(network, recipe.model, prompts, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
     if stage == "teacher":
-        player = rollout.Player(network, recipe.model, plan.captions, caption, guidance=GUIDANCE)
+        player = rollout.Player(network, recipe.model, prompts, guidance=GUIDANCE)
         return rollout.play(player, units, rollout.euler(recipe.model, TEACHER_STEPS), generator)
-    player = rollout.Player(network, recipe.model, plan.captions, caption)
+    player = rollout.Player(network, recipe.model, prompts)
     return rollout.play(player, units, rollout.few_step(recipe.model, generator), generator)
 
 

@@ -8,8 +8,9 @@ where it has no switch)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 from safetensors.torch import load_file
@@ -33,14 +34,64 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    latents: Tensor  # [B, n, C, h, w]
-    captions: Tensor  # [B, 2, L] rows of the text table
-    caption: Tensor  # [B, n] which of the two rules each latent frame
+class Prompts:
+    """What B clips are asked to show."""
 
-    def to_null(self) -> Batch:
-        """The same clips under the empty caption."""
-        return Batch(latents=self.latents, captions=torch.zeros_like(self.captions), caption=self.caption)
+    captions: Tensor  # [B, 2, L] rows of the small text table, or [B, 2, L, D] embeddings of a text encoder
+    caption: Tensor  # [B, n] which of the two rules each latent frame
+    null: Tensor | None = None  # [L, D] embedding of the unconditional prompt; for rows it is row 0
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def to_null(self) -> Self:
+        """The same under the unconditional prompt."""
+        blank = torch.zeros_like(self.captions)
+        return replace(self, captions=blank if self.null is None else blank + self.null)
+
+    def and_null(self) -> Self:
+        """Both in one batch of 2 B, the asked ones first: what classifier-free guidance needs."""
+        null = self.to_null()
+        pairs = {name: (getattr(self, name), getattr(null, name)) for name in self._of_clips}
+        return replace(self, **{name: torch.cat(pair) for name, pair in pairs.items()})
+
+    def drop(self, chance: float, generator: torch.Generator) -> Self:
+        """Replace whole captions by the unconditional prompt, so that guidance has an unconditional branch."""
+        keep = torch.rand(len(self), generator=generator) >= chance
+        kept = keep.view(-1, *[1] * (self.captions.dim() - 1))
+        return replace(self, captions=torch.where(kept, self.captions, self.to_null().captions))
+
+    @property
+    def _of_clips(self) -> tuple[str, ...]:
+        return ("captions", "caption")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Prompts):
+    """B clips and what they were asked to show."""
+
+    latents: Tensor  # [B, n, C, h, w]
+
+    @staticmethod
+    def of(latents: Tensor, prompts: Prompts) -> Batch:
+        return Batch(latents=latents, captions=prompts.captions, caption=prompts.caption, null=prompts.null)
+
+    @property
+    def _of_clips(self) -> tuple[str, ...]:
+        return ("latents", "captions", "caption")
+
+
+class DataSet(Protocol):
+    """Where the stages find clips and prompts. Everything is a function of the arguments alone: training resumes
+    exactly."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Batch `index` of an endless walk through permutations of the data set."""
+
+    def prompts(self, size: int, generator: torch.Generator) -> Prompts:
+        """Prompts without clips, for rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +128,12 @@ def script(clips: int, config: Config, generator: torch.Generator) -> Script:
         captions=ids,
         steered=mentioned[:, 1, worlds.DIRECTION] & switched,
     )
+
+
+def prompts(clips: int, generator: torch.Generator, config: Config) -> Prompts:
+    """The captions of a script."""
+    plan = script(clips, config, generator)
+    return Prompts(captions=plan.captions, caption=plan.caption(config.units))
 
 
 def play(plan: Script, units: int, generator: torch.Generator) -> worlds.Scene:
@@ -132,7 +189,7 @@ class Clips:
         self.latents, self.captions, self.caption = (
             torch.cat([shard[name] for shard in shards]) for name in ("latents", "captions", "caption")
         )
-        self.seed = seed
+        self.config, self.seed = config, seed
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
@@ -144,6 +201,9 @@ class Clips:
         picks = torch.tensor([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
         return Batch(latents=self.latents[picks].float(), captions=self.captions[picks], caption=self.caption[picks])
 
+    def prompts(self, size: int, generator: torch.Generator) -> Prompts:
+        return prompts(size, generator, self.config)
+
     def _permutation(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
             self._order = (
@@ -151,9 +211,3 @@ class Clips:
                 torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1000 + epoch)),
             )
         return self._order[1]
-
-
-def drop_captions(batch: Batch, chance: float, generator: torch.Generator) -> Batch:
-    """Replace whole captions by the empty one, so that guidance has an unconditional branch."""
-    keep = torch.rand(len(batch.latents), 1, 1, generator=generator) >= chance
-    return Batch(latents=batch.latents, captions=batch.captions * keep, caption=batch.caption)

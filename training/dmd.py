@@ -7,22 +7,24 @@ training, scores the student's. Their difference is the gradient of KL(student |
     g = (f - r) / mean |x - r|,   f, r = x0 estimates of the fake and the real score at x_tau,   dLoss/dx = g
 
 Five critic updates for one of the student, on one rollout with fresh noise: as good as five rollouts and twice as
-fast here. Context keys and values are detached: a unit's gradient reaches its own last pass only."""
+fast here. Context keys and values are detached: a unit's gradient reaches its own last pass only, unless
+`context_gradient` asks for more."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
-from training import data, rollout
-from training.data import Batch
-from training.loop import Stats, constant, cosine
+from training import rollout
+from training.data import Batch, Prompts
+from training.loop import Micro, Optimisers, Stats, Update, constant, cosine
 from training.network import Network, broadcast, clone, frozen, guided
-from training.optimisers import adam, descend
+from training.optimisers import adam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,46 +44,90 @@ class Config:
     object as noise grows (92, 71, 45, 36 % of one-jump estimates right at 0.7, 0.8, 0.85, 0.9), so the top is left out;
     0.85 was set from an earlier checkpoint, and these numbers say that it is still too high."""
     ema: float = 0.97
+    betas: tuple[float, float] = (0.0, 0.99)
+    fresh_rollouts: bool = False
+    """A new rollout for each critic update, as published; otherwise the student's own is used again."""
+    context_gradient: bool = False
+    """Let a unit's loss reach back into the clean passes of the units it saw (Self Gradient Forcing); off, as in the
+    paper, a unit's gradient ends at its own last pass."""
+
+
+Draw = Callable[[int, torch.Generator], Prompts]  # (clips, randomness) -> prompts to play
 
 
 class Stage:
     name = "dmd"
 
-    def __init__(
-        self, config: Config, model: ModelConfig, script: data.Config, student: Network, score: Network
-    ) -> None:
-        self.config, self.model, self.script, self.steps = config, model, script, config.steps
+    def __init__(self, config: Config, model: ModelConfig, prompts: Draw, student: Network, score: Network) -> None:
+        self.config, self.model, self.prompts, self.steps = config, model, prompts, config.steps
         self.student = student
         self.fake = clone(score, model)
         self.real = frozen(score)
         self.networks = {"student": self.student, "fake": self.fake}
-        self.optimisers = {
-            "student": adam(self.student, config.lr, (0.0, 0.99)),
-            "fake": adam(self.fake, config.critic_lr, (0.0, 0.99)),
+        self.frozen = {"real": self.real}
+        self._played: dict[int, Batch] = {}
+
+    def optimisers(self) -> dict[str, Optimisers]:
+        config = self.config
+        return {
+            "student": adam(self.student, config.lr, config.betas),
+            "fake": adam(self.fake, config.critic_lr, config.betas),
         }
 
-    def step(self, index: int, generator: torch.Generator) -> Stats:
-        config, stats = self.config, {}
+    def step(self, index: int) -> Iterator[Update]:
+        """The critic's head start, then one update of the student and five of the critic on the same rollouts."""
+        config = self.config
+        critic_lr = config.critic_lr * constant(index, self.steps)
         for _ in range(config.critic_warmup if index == 0 else 0):
-            with torch.no_grad():
-                stats["fake"] = self._critic(self._roll(generator), index, generator)
-        batch = self._roll(generator)
-        stats |= self._student(batch, index, generator)
+            self._played.clear()
+            yield Update("fake", critic_lr, self.critic_loss)
+        self._played.clear()
+        yield Update("student", config.lr * cosine(index, self.steps, warmup=10, floor=0.1), self.loss)
         for _ in range(config.critic_updates):
-            stats["fake"] = self._critic(batch, index, generator)
-        return stats
+            if config.fresh_rollouts:
+                self._played.clear()
+            yield Update("fake", critic_lr, self.critic_loss)
 
-    def _roll(self, generator: torch.Generator) -> Batch:
-        """A rollout under fresh captions: latents [B, n, C, h, w], differentiable in each unit's last pass."""
-        plan = data.script(self.config.batch, self.script, generator)
-        caption = plan.caption(self.script.units)
+    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        """Half the squared distance to x - g, whose gradient with respect to x is g."""
+        batch = self.roll(micro.generator)
+        x = batch.latents
+        self._played[micro.index] = replace(batch, latents=x.detach())
+        g = self.gradient(x.detach(), batch, micro.generator)
+        loss = 0.5 * (x - (x - g).detach()).square().mean()
+        return loss, {"gradient": g.abs().mean().item(), "deviation": x.detach().std().item()}
+
+    def critic_loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        """Flow matching on the student's clips."""
+        batch = self._played.get(micro.index)
+        if batch is None:
+            with torch.no_grad():
+                batch = self._played[micro.index] = self.roll(micro.generator)
+        x = batch.latents
+        x_tau, tau, eps = self.noised(x, micro.generator)
+        loss = (self.fake.bidirectional(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
+        return loss, {"fake": loss.item()}
+
+    def roll(self, generator: torch.Generator) -> Batch:
+        """A rollout under fresh prompts: latents [B, n, C, h, w], differentiable in each unit's last pass."""
+        prompts = self.prompts(self.config.batch, generator)
         exits = [int(torch.randint(len(rollout.levels(self.model, unit)), (), generator=generator)) for unit in (0, 1)]
-        player = rollout.Player(self.student, self.model, plan.captions, caption)
-        denoise = rollout.few_step(self.model, generator, exits)
-        latents = rollout.play(player, self.script.units // self.model.unit, denoise, generator)
-        return Batch(latents=latents, captions=plan.captions, caption=caption)
+        passes: list[rollout.LastPass] = []
+        denoise = rollout.few_step(self.model, generator, exits, passes)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.context_gradient):
+            player = rollout.Player(self.student, self.model, prompts)
+            x0 = rollout.play(player, prompts.caption.shape[1] // self.model.unit, denoise, generator)
+        played = Batch.of(x0, prompts)
+        return self._through_context(played, passes) if self.config.context_gradient else played
 
-    def _noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _through_context(self, played: Batch, passes: list[rollout.LastPass]) -> Batch:
+        """The same clips from one teacher-forced pass over every unit's last input: equal numbers (the mask is the
+        cache), but the keys and values of the clean past are computed with gradients."""
+        x = torch.cat([last.x for last in passes], 1)
+        s = torch.cat([torch.full(last.x.shape[:2], last.s) for last in passes], 1)
+        return replace(played, latents=flow.x0_from_v(x, self.student.teacher_forced(x, s, played), broadcast(s)))
+
+    def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(x_tau, tau [B, n], noise): one level a clip, as the scores are clip-level."""
         low, high = (flow.unwarp(s, self.model.shift) for s in self.config.tau)
         u = low + (high - low) * torch.rand(len(x), 1, generator=generator)
@@ -90,30 +136,11 @@ class Stage:
         return flow.add_noise(x, eps, broadcast(tau)), tau, eps
 
     @torch.no_grad()
-    def _gradient(self, x: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        x_tau, tau, _ = self._noised(x, generator)
-        real = flow.x0_from_v(
-            x_tau, guided(self.real.bidirectional, x_tau, tau, batch, self.config.guidance), broadcast(tau)
-        )
+    def gradient(self, x: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """g [B, n, C, h, w] of clips x under the batch's prompts."""
+        x_tau, tau, _ = self.noised(x, generator)
+        v_real = guided(self.real.bidirectional, x_tau, tau, batch, self.config.guidance)
+        real = flow.x0_from_v(x_tau, v_real, broadcast(tau))
         fake = flow.x0_from_v(x_tau, self.fake.bidirectional(x_tau, tau, batch), broadcast(tau))
         scale = (x - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-3)
         return (fake - real) / scale
-
-    def _student(self, batch: Batch, index: int, generator: torch.Generator) -> Stats:
-        x = batch.latents
-        g = self._gradient(x.detach(), batch, generator)
-        loss = 0.5 * (x - (x - g).detach()).square().mean()
-        lr = self.config.lr * cosine(index, self.steps, warmup=10, floor=0.1)
-        norm = descend(loss, self.student, {"adam": self.optimisers["student"]}, lr)
-        return {"gradient": g.abs().mean().item(), "norm": norm, "deviation": x.detach().std().item()}
-
-    def _critic(self, batch: Batch, index: int, generator: torch.Generator) -> float:
-        """Flow matching on the student's clips."""
-        x = batch.latents.detach()
-        x_tau, tau, eps = self._noised(x, generator)
-        with torch.enable_grad():
-            loss = (self.fake.bidirectional(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
-            descend(
-                loss, self.fake, {"adam": self.optimisers["fake"]}, self.config.critic_lr * constant(index, self.steps)
-            )
-        return loss.item()

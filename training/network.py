@@ -24,11 +24,11 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dit = CausalDiT(config)
-        self.text = TextTable(config.text, captions.ROWS)
+        self.text = TextTable(config.text, captions.ROWS) if config.text.kind == "table" else nn.Identity()
 
-    def text_kv(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Cross-attention keys and values of caption rows [B, C, L], one pair a layer."""
-        return self.dit.text_kv(self.text(ids))
+    def text_kv(self, captions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values of captions (rows [B, C, L] or embeddings [B, C, L, D]), one pair a layer."""
+        return self.dit.text_kv(self.text(captions))
 
     def bidirectional(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """v where every frame sees every frame."""
@@ -38,6 +38,12 @@ class Network(nn.Module):
         """v of noisy units that see the clean past of the data (arXiv:2602.02214, section 3.2)."""
         kv = self.text_kv(batch.captions)
         return self.dit.teacher_forced(batch.latents, x, flow.TIME_SCALE * s, kv, batch.caption)
+
+    def noisy_prefix(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """v of units that see a past as noisy as it is: diffusion forcing's layout, and that of Self Forcing's ODE
+        regression (block-causal mask, no clean half)."""
+        mask = torch.from_numpy(self.dit.config.geometry.causal_mask(x.shape[1]))
+        return self.dit(x, flow.TIME_SCALE * s, self.text_kv(batch.captions), batch.caption, mask=mask)
 
 
 def clone(network: Network, config: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Network:
@@ -62,13 +68,7 @@ def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float)
     """v under classifier-free guidance: both branches in one doubled batch; scale 1 costs nothing extra."""
     if scale == 1:
         return velocity(x, s, batch)
-    null = batch.to_null()
-    both = Batch(
-        latents=torch.cat([batch.latents, null.latents]),
-        captions=torch.cat([batch.captions, null.captions]),
-        caption=torch.cat([batch.caption, null.caption]),
-    )
-    v_cond, v_null = velocity(torch.cat([x, x]), torch.cat([s, s]), both).chunk(2)
+    v_cond, v_null = velocity(torch.cat([x, x]), torch.cat([s, s]), batch.and_null()).chunk(2)
     return flow.guide(v_cond, v_null, scale)
 
 

@@ -22,20 +22,7 @@ def muon_and_adam(network: nn.Module, lr: float, weight_decay: float = 0.01) -> 
     }
 
 
-def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=lr, betas=betas, weight_decay=0.01)
-
-
-def descend(
-    loss: torch.Tensor, network: nn.Module, optimisers: dict[str, torch.optim.Optimizer], lr: float, clip: float = 1.0
-) -> float:
-    """One update of `network` at learning rate `lr`; returns the gradient norm before clipping."""
-    for optimiser in optimisers.values():
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-    for optimiser in optimisers.values():
-        optimiser.step()
-    return norm.item()
+def adam(
+    network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float = 0.01
+) -> dict[str, torch.optim.Optimizer]:
+    return {"adam": torch.optim.AdamW(network.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)}

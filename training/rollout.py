@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.nn.ring import RingCache
+from training.data import Prompts
 from training.network import Network
 
 TextKV = list[tuple[Tensor, Tensor]]
@@ -24,16 +26,13 @@ TextKV = list[tuple[Tensor, Tensor]]
 class Player:
     """A batch of streams in progress: one ring, the captions, and the velocity of the unit at hand."""
 
-    def __init__(
-        self, network: Network, model: ModelConfig, captions: Tensor, caption: Tensor, *, guidance: float = 1.0
-    ) -> None:
-        """captions [B, C, L] rows, caption [B, n] which of them rules each frame. Guidance doubles the batch inside."""
+    def __init__(self, network: Network, model: ModelConfig, prompts: Prompts, *, guidance: float = 1.0) -> None:
+        """Guidance doubles the batch inside."""
         self.dit, self.model, self.guidance = network.dit, model, guidance
-        self.clips = len(captions)
-        if guidance != 1:
-            captions, caption = torch.cat([captions, torch.zeros_like(captions)]), torch.cat([caption, caption])
-        self.caption, self.text = caption, network.text_kv(captions)
-        self.ring = RingCache(model, batch=len(captions))
+        self.clips = len(prompts)
+        asked = prompts if guidance == 1 else prompts.and_null()
+        self.caption, self.text = asked.caption, network.text_kv(asked.captions)
+        self.ring = RingCache(model, batch=len(asked))
 
     def velocity(self, x: Tensor, s: float, unit: int) -> Tensor:
         """v [B, F, C, h, w] of the unit at noise level s, guided where the player is."""
@@ -86,11 +85,24 @@ def levels(model: ModelConfig, unit: int) -> tuple[float, ...]:
     return flow.sigmas(model.unit_steps(unit), model.shift)
 
 
-def few_step(model: ModelConfig, generator: torch.Generator, exits: Sequence[int] | None = None) -> Denoiser:
+class LastPass(NamedTuple):
+    """What a unit's last denoising pass was given: x [B, F, C, h, w] at noise level s."""
+
+    x: Tensor
+    s: float
+
+
+def few_step(
+    model: ModelConfig,
+    generator: torch.Generator,
+    exits: Sequence[int] | None = None,
+    passes: list[LastPass] | None = None,
+) -> Denoiser:
     """The student's sampler: jump to x0, put new noise on it, go on (consistency sampling).
 
     `exits` = (step at which the first unit stops, step at which every other one does) makes it DMD's random-exit
-    rollout: only the last pass of a unit carries a gradient (Self Forcing, arXiv:2506.08009, section 3.3)."""
+    rollout: only the last pass of a unit carries a gradient (Self Forcing, arXiv:2506.08009, section 3.3). `passes` is
+    filled with what each unit's last pass was given."""
 
     def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
         ladder = levels(model, unit)
@@ -101,6 +113,8 @@ def few_step(model: ModelConfig, generator: torch.Generator, exits: Sequence[int
                 x0 = flow.x0_from_v(x, player.velocity(x, ladder[index], unit), ladder[index])
             if index < last:
                 x = flow.renoise(x0, torch.randn(x0.shape, generator=generator), ladder[index + 1])
+        if passes is not None:
+            passes.append(LastPass(x, ladder[last]))
         return x0
 
     return denoise

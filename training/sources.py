@@ -23,6 +23,7 @@ from cfrt.nn.autoencoder import Autoencoder
 from cfrt.stream import Stream
 from cfrt.text import TableText
 from training import bidirectional, captions, data, rollout, worlds
+from training.data import Prompts
 from training.network import Network
 
 
@@ -52,20 +53,18 @@ class Task:
         return 1 + worlds.UNIT_FRAMES * (self.units - 1)
 
     @property
-    def caption(self) -> Tensor:
-        """[B, n] which of the two captions rules each latent frame."""
-        return (torch.arange(self.units) >= self.switch).long().expand(len(self), -1)
+    def prompts(self) -> Prompts:
+        caption = (torch.arange(self.units) >= self.switch).long().expand(len(self), -1)
+        return Prompts(captions=self.captions, caption=caption)
 
 
 Source = Callable[[Task, torch.Generator], Tensor]  # -> pixels [B, T, 3, SIDE, SIDE]
 
 
 class Sampler(Protocol):
-    """Plays latents [B, n, C, h, w] of captions [B, 2, L], of which caption [B, n] rules, after a real prefix."""
+    """Plays latents [B, n, C, h, w] of prompts, after a real prefix."""
 
-    def __call__(
-        self, captions: Tensor, caption: Tensor, generator: torch.Generator, prefix: Tensor | None = None
-    ) -> Tensor: ...
+    def __call__(self, prompts: Prompts, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor: ...
 
 
 # -------------------------------------------------------------------------------------------------------------- tasks
@@ -170,7 +169,7 @@ def generated(autoencoder: Autoencoder, sampler: Sampler) -> Source:
 
     def source(task: Task, generator: torch.Generator) -> Tensor:
         prefix = None if task.past is None else data.encode(autoencoder, worlds.render(task.past))
-        return data.decode(autoencoder, sampler(task.captions, task.caption, generator, prefix))
+        return data.decode(autoencoder, sampler(task.prompts, generator, prefix))
 
     return source
 
@@ -203,10 +202,10 @@ def streamed(model: str | Path, engine: str = "auto") -> Source:
 def whole(network: Network, model: ModelConfig, steps: int = 24, guidance: float = 2.0) -> Sampler:
     """The bidirectional network, the whole clip at once. It can't go on from a real past."""
 
-    def sample(captions: Tensor, caption: Tensor, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
+    def sample(prompts: Prompts, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
         if prefix is not None:
             raise EngineError("the bidirectional network makes whole clips: leave out the task 'futures'")
-        return bidirectional.sample(network, model, captions, caption, generator, steps=steps, guidance=guidance)
+        return bidirectional.sample(network, model, prompts, generator, steps=steps, guidance=guidance)
 
     return sample
 
@@ -214,11 +213,10 @@ def whole(network: Network, model: ModelConfig, steps: int = 24, guidance: float
 def student(network: Network, model: ModelConfig) -> Sampler:
     """The few-step student, as it streams."""
 
-    def sample(captions: Tensor, caption: Tensor, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
-        player = rollout.Player(network, model, captions, caption)
-        return rollout.play(
-            player, caption.shape[1] // model.unit, rollout.few_step(model, generator), generator, prefix
-        )
+    def sample(prompts: Prompts, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
+        player = rollout.Player(network, model, prompts)
+        units = prompts.caption.shape[1] // model.unit
+        return rollout.play(player, units, rollout.few_step(model, generator), generator, prefix)
 
     return sample
 
@@ -226,8 +224,9 @@ def student(network: Network, model: ModelConfig) -> Sampler:
 def teacher(network: Network, model: ModelConfig, steps: int = 24, guidance: float = 2.0) -> Sampler:
     """The autoregressive teacher: guided Euler steps through the same ring."""
 
-    def sample(captions: Tensor, caption: Tensor, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
-        player = rollout.Player(network, model, captions, caption, guidance=guidance)
-        return rollout.play(player, caption.shape[1] // model.unit, rollout.euler(model, steps), generator, prefix)
+    def sample(prompts: Prompts, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
+        player = rollout.Player(network, model, prompts, guidance=guidance)
+        units = prompts.caption.shape[1] // model.unit
+        return rollout.play(player, units, rollout.euler(model, steps), generator, prefix)
 
     return sample

@@ -6,17 +6,21 @@ distils from are a function of the student's input."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfrt import flow
 from cfrt.config import ModelConfig
-from training.data import Batch, Clips, drop_captions
-from training.loop import Stats, cosine
+from training.data import Batch, DataSet
+from training.loop import Micro, Optimisers, Stats, Update, cosine
 from training.network import Network, Velocity, broadcast
-from training.optimisers import descend, muon_and_adam
+from training.optimisers import muon_and_adam
+
+ELSEWHERE = 2**20  # batches ahead: where the further first units come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class Config:
     lr: float = 2e-3
     ema: float = 0.996
     caption_dropout: float = 0.1
+    forcing: Literal["teacher", "diffusion"] = "teacher"
+    """Which past a unit sees: the clean one, or (diffusion forcing, the ablation) one as noisy as its own levels."""
     first_weight: float = 4.0
     """Loss weight of unit 0 against the others: it makes the whole scene out of nothing, and its errors stay."""
     early_weight: float = 2.0
@@ -52,36 +58,41 @@ class Stage:
 
     name = "teacher"
 
-    def __init__(self, config: Config, model: ModelConfig, clips: Clips, start: Network) -> None:
+    def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
         self.student = start
-        self.networks = {"student": self.student}
-        self.optimisers = muon_and_adam(self.student, config.lr)
+        self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
-    def step(self, index: int, generator: torch.Generator) -> Stats:
-        config, unit = self.config, self.model.unit
-        batch = drop_captions(self.clips.batch(index, config.batch), config.caption_dropout, generator)
+    def optimisers(self) -> dict[str, Optimisers]:
+        return {"student": muon_and_adam(self.student, self.config.lr)}
+
+    def step(self, index: int) -> Iterator[Update]:
+        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+
+    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        config, unit, generator = self.config, self.model.unit, micro.generator
+        batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
         x0 = batch.latents
         frames = x0.shape[1]
         s = flow.warp(unit_levels(len(x0), frames // unit, unit, generator), self.model.shift)
-        error = self._error(self.student.teacher_forced, batch, s, generator).mean(0)  # [T]
+        velocity = {"teacher": self.student.teacher_forced, "diffusion": self.student.noisy_prefix}[config.forcing]
+        error = self._error(velocity, batch, s, generator).mean(0)  # [T]
         first = error[:unit].mean()
         if config.starts:
-            first = torch.lerp(self._starts(index, generator), first, len(x0) / (len(x0) + config.starts))
+            first = torch.lerp(self._starts(micro), first, len(x0) / (len(x0) + config.starts))
         weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
         loss = (error * weights)[unit:].sum() / frames + first * weights[:unit].sum() / frames
-        norm = descend(loss, self.student, self.optimisers, config.lr * cosine(index, self.steps))
-        return {"loss": error.mean().item(), "first": first.item(), "norm": norm}
+        return loss, {"loss": error.mean().item(), "first": first.item()}
 
-    def _starts(self, index: int, generator: torch.Generator) -> Tensor:
+    def _starts(self, micro: Micro) -> Tensor:
         """Mean error on further first units, of clips that this batch does not hold. A first unit sees only itself, so
         the bidirectional forward over it alone is the teacher-forced one."""
-        config, unit = self.config, self.model.unit
-        clips = self.clips.batch(index + self.steps, config.starts)
-        cut = Batch(
-            latents=clips.latents[:, :unit], captions=clips.captions[:, :1], caption=clips.caption[:, :unit] * 0
+        config, unit, generator = self.config, self.model.unit, micro.generator
+        clips = self.clips.batch(micro.index + ELSEWHERE, config.starts)
+        cut = replace(
+            clips, latents=clips.latents[:, :unit], captions=clips.captions[:, :1], caption=clips.caption[:, :unit] * 0
         )
-        batch = drop_captions(cut, config.caption_dropout, generator)
+        batch = cut.drop(config.caption_dropout, generator)
         s = flow.warp(unit_levels(config.starts, 1, unit, generator), self.model.shift)
         return self._error(self.student.bidirectional, batch, s, generator).mean()
 

@@ -16,13 +16,6 @@ class TextTable(nn.Module):
         super().__init__()
         self.table = nn.Parameter(nn.init.normal_(nn.Embedding(rows, config.width).weight.detach()))
         self.table.data[0] = 0
-        self.table.register_hook(_freeze_padding)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.table)
-
-
-def _freeze_padding(gradient: Tensor) -> Tensor:
-    gradient = gradient.clone()
-    gradient[0] = 0
-    return gradient
+        return nn.functional.embedding(ids, self.table) * (ids > 0)[..., None]

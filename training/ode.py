@@ -1,0 +1,211 @@
+"""Stage 2, the other way: ODE regression. A teacher's probability-flow ODE is run once for many clips, and the student
+learns to jump from states on the way to the end of it.
+
+    min E |G_theta(x_t^i, c, t) - x_end^i|^2,    G(x, s) = x - s v
+
+* *Causal ODE* (arXiv:2602.02214, section 3.3): the AR teacher goes from noise to its end point on the real past, and
+  the student is given that past, c = x^{<i}. The pair is a function of what the student sees.
+* *Self Forcing's ODE* (arXiv:2506.08009; the baseline): the bidirectional teacher makes whole clips, and the student
+  is given the noisy past, c = x_t^{<i}. The end point also depends on the noise of later frames, which the student
+  does not see: it learns a mean (arXiv:2602.02214, proposition 3.3).
+
+Shapes: B clips, S stored states, n latent frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cfrt import flow
+from cfrt.config import ModelConfig
+from cfrt.errors import ConfigError
+from training import rollout
+from training.data import Batch, DataSet, Prompts
+from training.loop import Micro, Optimisers, Stats, Update, cosine, step_generator, write_tensors
+from training.network import Network, Velocity, broadcast, guided
+from training.optimisers import adam
+from training.teacher import unit_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    past: Literal["clean", "noisy"] = "clean"
+    """What a student's unit is given: the real past (causal ODE), or states as noisy as its own (Self Forcing)."""
+    pairs: int = 640
+    """Clips whose trajectories are stored."""
+    euler_steps: int = 48
+    guidance: float = 4.0
+    levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """u of the stored states, before the shift warp; each must lie on the Euler grid."""
+    steps: int = 1000
+    batch: int = 16
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    ema: float = 0.98
+    first_weight: float = 3.0
+    early_weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        for u in self.levels:
+            if abs(u * self.euler_steps - round(u * self.euler_steps)) > 1e-6:
+                raise ConfigError(
+                    f"expected levels u on a grid of {self.euler_steps} Euler steps (multiples of "
+                    f"1/{self.euler_steps}), got {u}"
+                )
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Prompts):
+    """Trajectories of a teacher. `batch` walks through them as a data set does."""
+
+    states: Tensor  # [B, S, n, C, h, w] on the way, at the levels asked for
+    end: Tensor  # [B, n, C, h, w] the teacher's end point
+    clean: Tensor  # [B, n, C, h, w] the real clip that was its past; the end point itself where it had none
+
+    def __getitem__(self, clips: Tensor) -> Pairs:
+        return replace(self, **{name: getattr(self, name)[clips] for name in self._of_clips})
+
+    @property
+    def _of_clips(self) -> tuple[str, ...]:
+        return ("captions", "caption", "states", "end", "clean")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file keeps."""
+        null = {} if self.null is None else {"null": self.null}
+        return {name: getattr(self, name) for name in self._of_clips} | null
+
+    @staticmethod
+    def cat(parts: Sequence[Pairs]) -> Pairs:
+        """One after the other; all have the same unconditional prompt."""
+        return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0]._of_clips})
+
+
+def causal_pairs(
+    teacher: Network, model: ModelConfig, config: Config, batch: Batch, generator: torch.Generator
+) -> Pairs:
+    """Trajectories of the AR teacher unit by unit, against a ring that holds the real past: the same numbers as
+    `forced_pairs` without the clean half in every step."""
+    player = rollout.Player(teacher, model, batch, guidance=config.guidance)
+    noise, tracks = torch.randn(batch.latents.shape, generator=generator), []
+    for unit in range(noise.shape[1] // model.unit):
+        own = slice(unit * model.unit, (unit + 1) * model.unit)
+        tracks.append(_trajectory(partial(player.velocity, unit=unit), noise[:, own], model, config))
+        player.commit(batch.latents[:, own], unit)
+    return _pairs(torch.cat(tracks, 2), batch, clean=batch.latents)
+
+
+def forced_pairs(
+    teacher: Network, model: ModelConfig, config: Config, batch: Batch, generator: torch.Generator
+) -> Pairs:
+    """Trajectories of the AR teacher on the real past, all units at once under the teacher-forcing mask."""
+    velocity = partial(_clip_velocity, teacher.teacher_forced, batch, config.guidance)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    return _pairs(_trajectory(velocity, noise, model, config), batch, clean=batch.latents)
+
+
+def bidirectional_pairs(
+    score: Network, model: ModelConfig, config: Config, batch: Batch, generator: torch.Generator
+) -> Pairs:
+    """Trajectories of the bidirectional teacher under the batch's prompts; its clips are not looked at."""
+    velocity = partial(_clip_velocity, score.bidirectional, batch, config.guidance)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    states = _trajectory(velocity, noise, model, config)
+    return _pairs(states, batch, clean=states[:, -1])
+
+
+def _clip_velocity(velocity: Velocity, batch: Batch, guidance: float, x: Tensor, s: float) -> Tensor:
+    return guided(velocity, x, torch.full(x.shape[:2], s), batch, guidance)
+
+
+@torch.no_grad()
+def _trajectory(velocity: Callable[[Tensor, float], Tensor], x: Tensor, model: ModelConfig, config: Config) -> Tensor:
+    """[B, S + 1, n, C, h, w]: x at each of the levels, then the end point, by Euler steps from noise x."""
+    stops = [round((1 - u) * config.euler_steps) for u in config.levels]
+    states = []
+    for step, (s, s_next) in enumerate(pairwise(flow.euler_grid(config.euler_steps, model.shift))):
+        if step in stops:
+            states.append(x)
+        x = flow.euler(x, velocity(x, s), s, s_next)
+    return torch.stack([*states, x], 1)
+
+
+def _pairs(track: Tensor, prompts: Prompts, clean: Tensor) -> Pairs:
+    return Pairs(
+        states=track[:, :-1],
+        end=track[:, -1],
+        clean=clean,
+        captions=prompts.captions,
+        caption=prompts.caption,
+        null=prompts.null,
+    )
+
+
+Maker = Callable[[Batch, torch.Generator], Pairs]
+PIECE = 64  # clips made at a time, and kept in one file
+
+
+def write(folder: Path, config: Config, clips: DataSet, make: Maker, seed: int) -> None:
+    """Make and keep all trajectories, a file for every PIECE clips; files that are there already stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for piece in tqdm(range(-(-config.pairs // PIECE)), desc="pairs", unit="piece", disable=None):
+        path = folder / f"{piece:04d}.safetensors"
+        if not path.exists():
+            size = min(PIECE, config.pairs - piece * PIECE)
+            pairs = make(clips.batch(piece, PIECE), step_generator(seed, piece))
+            write_tensors(path, pairs[torch.arange(size)].tensors())
+
+
+def read(folder: Path, config: Config) -> Pairs:
+    """The trajectories that `write` left."""
+    pieces = [load_file(folder / f"{piece:04d}.safetensors") for piece in range(-(-config.pairs // PIECE))]
+    return Pairs.cat([Pairs(**piece) for piece in pieces])
+
+
+# --------------------------------------------------------------------------------------------------------- regression
+
+
+class Stage:
+    """Regression on stored trajectories; the level is drawn for each unit."""
+
+    name = "ode"
+
+    def __init__(self, config: Config, model: ModelConfig, pairs: Pairs, start: Network) -> None:
+        self.config, self.model, self.pairs, self.steps = config, model, pairs, config.steps
+        self.student = start
+        self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
+        self.levels = torch.tensor(flow.sigmas(config.levels, model.shift))
+
+    def optimisers(self) -> dict[str, Optimisers]:
+        return {"student": adam(self.student, self.config.lr, self.config.betas)}
+
+    def step(self, index: int) -> Iterator[Update]:
+        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+
+    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+        config, unit, generator = self.config, self.model.unit, micro.generator
+        pairs = self.pairs[torch.randint(len(self.pairs), (config.batch,), generator=generator)]
+        frames = pairs.end.shape[1]
+        level = torch.randint(len(self.levels), (config.batch, frames // unit), generator=generator)
+        level = level.repeat_interleave(unit, 1)  # [B, n]
+        x = pairs.states[torch.arange(config.batch)[:, None], level, torch.arange(frames)[None]]
+        jump = self.jump(x, self.levels[level], Batch.of(pairs.clean, pairs))
+        error = (jump - pairs.end).square().mean((0, 2, 3, 4))
+        loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
+        return loss, {"loss": error.mean().item(), "first": error[:unit].mean().item()}
+
+    def jump(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        """G(x, s): where the student lands from x [B, n, C, h, w] at levels s [B, n], on the past of `config.past`."""
+        velocity = {"clean": self.student.teacher_forced, "noisy": self.student.noisy_prefix}[self.config.past]
+        return flow.x0_from_v(x, velocity(x, s, batch), broadcast(s))

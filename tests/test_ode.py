@@ -20,7 +20,7 @@ from training.network import Network
 
 pytestmark = pytest.mark.cpu
 
-SCRIPT = data.Config(clips=6, units=6)
+SCRIPT = data.Config(clips=6, units=6, unit=3, switched=1.0)
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["F=1", "F=3"])

@@ -28,6 +28,7 @@ SHARD = 1000  # clips
 class Config:
     clips: int = 20_000
     units: int = 10  # latent frames of a clip
+    unit: int = 1  # F: captions change between units only
     switched: float = 0.25  # share of clips whose caption changes
     omitted: float = 0.08  # chance that a caption leaves a factor out
     omitted_after: float = 0.3  # the same for the second caption: what it leaves out stays as it was
@@ -115,6 +116,7 @@ def script(clips: int, config: Config, generator: torch.Generator) -> Script:
     switched = torch.rand(clips, generator=generator) < config.switched
     first_half = max(1, min(3, config.units - 2))
     unit = torch.randint(first_half, max(first_half + 1, config.units - 3), (clips,), generator=generator)
+    unit = unit // config.unit * config.unit
     mentioned = (
         torch.rand(clips, 2, 6, generator=generator) >= torch.tensor([config.omitted, config.omitted_after])[:, None]
     )

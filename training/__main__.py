@@ -1,69 +1,34 @@
-"""`python -m training tiny`: train the embedded student from nothing, end to end, resumable."""
+"""`python -m training COMMAND`: train a student, reproduce the paper's table, prepare videos, evaluate a model.
+
+A command is a recipe's name or one of the others; each has its own --help."""
 
 from __future__ import annotations
 
-import json
+import importlib
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
+COMMANDS = {
+    "tiny": ("training.run", "train the embedded student from nothing, on a procedural world"),
+    "reproduce": ("training.reproduce", "the paper's table, with exact ground truth"),
+    "prepare": ("training.prepare", "turn your own videos into shards of latents"),
+    "evaluate": ("training.vbench", "play prompts through any model, in VBench's layout, and measure what can be"),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, causal consistency distillation,
-    asymmetric DMD.
-
-    Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a
-    contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in
-    OUT/student."""
-
-    recipe: Annotated[Literal["tiny"], tyro.conf.Positional]
-    """What to train."""
-    out: Path | None = None
-    """Folder of the run; default runs/RECIPE."""
-    smoke: bool = False
-    """Every stage for a few steps (under three minutes): shows that the chain holds, the student is noise."""
-    until: Literal["autoencoder", "bidirectional", "teacher", "cd", "dmd", "card"] = "card"
-    """Last stage to run."""
-    adopt: Path | None = None
-    """Folder of released stages (training/weights/tiny) to begin with instead of training them."""
-    release: Path | None = None
-    """Folder to leave the finished stages' averaged weights in, halved to fp16."""
-    threads: int | None = None
-    """Threads of torch; default: all cores."""
-    dry_run: bool = False
-    """Print the resolved recipe and stop."""
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "usage: python -m training COMMAND [--help] ...\n\n" + "\n".join(lines)
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m training")
-    import torch  # after the command line, so that --help is quick
-
-    from cfrt.errors import CfrtError
-    from training import chain, recipes
-
-    recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
-    if arguments.dry_run:
-        print(json.dumps(asdict(recipe), indent=2))
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
         return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    out = arguments.out or Path("runs") / recipe.name
-    try:
-        if arguments.adopt:
-            chain.adopt(arguments.adopt, out)
-        chain.run(recipe, out, until=arguments.until)
-        if arguments.release:
-            chain.release(recipe, out, arguments.release)
-    except CfrtError as error:
-        print(f"training: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"training: stopped; run the same command again to go on from {out}", file=sys.stderr)
-        raise SystemExit(130) from None
+    if command not in COMMANDS:
+        raise SystemExit(f"training: expected a command, got {command!r}\n\n{usage()}")
+    importlib.import_module(COMMANDS[command][0]).main([command, *arguments] if command == "tiny" else arguments)
 
 
 if __name__ == "__main__":

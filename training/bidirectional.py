@@ -17,7 +17,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet, Prompts
 from training.loop import Micro, Optimisers, Stats, Update, cosine
-from training.network import Network, broadcast, guided
+from training.network import Network, broadcast, guided, unit_weights
 from training.optimisers import muon_and_adam
 
 
@@ -28,6 +28,10 @@ class Config:
     lr: float = 2e-3
     ema: float = 0.998
     caption_dropout: float = 0.1
+    shift: float | None = None
+    """Of the noise levels; None = the model's. A whole clip is settled at higher noise than a unit of it."""
+    first_weight: float = 1.0
+    early_weight: float = 1.0
 
 
 class Stage:
@@ -50,11 +54,13 @@ class Stage:
         config, generator = self.config, micro.generator
         batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
         x0 = batch.latents
-        s = flow.warp(torch.rand(len(x0), 1, generator=generator), self.model.shift).expand(x0.shape[:2])
+        s = flow.warp(torch.rand(len(x0), 1, generator=generator), config.shift or self.model.shift)
+        s = s.expand(x0.shape[:2])
         eps = torch.randn(x0.shape, generator=generator)
         v = self.student.bidirectional(flow.add_noise(x0, eps, broadcast(s)), s, batch)
-        loss = (v - flow.velocity(x0, eps)).square().mean()
-        return loss, {"loss": loss.item()}
+        error = (v - flow.velocity(x0, eps)).square().mean((0, 2, 3, 4))
+        weights = unit_weights(x0.shape[1], self.model.unit, config.first_weight, config.early_weight)
+        return (error * weights).mean(), {"loss": error.mean().item()}
 
 
 @torch.no_grad()

@@ -18,9 +18,8 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import DataSet
 from training.loop import Average, Micro, Optimisers, Stats, Update, cosine
-from training.network import Network, broadcast, clone, frozen, guided
+from training.network import Network, broadcast, clone, frozen, guided, unit_weights
 from training.optimisers import adam
-from training.teacher import unit_weights
 
 
 @dataclass(frozen=True, kw_only=True)

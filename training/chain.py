@@ -1,5 +1,6 @@
-"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> consistency distillation -> DMD ->
-student -> card.
+"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> score -> consistency distillation ->
+DMD -> student -> card. The score is the bidirectional network again, trained on from the AR teacher's weights, which
+know far better where a caption sends the object.
 
 Every stage is a folder with its config, its checkpoint, its statistics, its previews and, when it is done, its averaged
 weights (`average.safetensors`). Running the chain again goes on where it stopped; a finished stage is not run again."""
@@ -25,7 +26,7 @@ from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
 
-STAGES = ("autoencoder", "bidirectional", "teacher", "cd", "dmd")
+STAGES = ("autoencoder", "bidirectional", "teacher", "score", "cd", "dmd")
 
 
 def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
@@ -40,6 +41,7 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
             "autoencoder": _autoencoder,
             "bidirectional": _bidirectional,
             "teacher": _teacher,
+            "score": _score,
             "cd": _cd,
             "dmd": _dmd,
         }[name]
@@ -126,13 +128,20 @@ def _teacher(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     return _averaged(teacher.Stage(recipe.teacher, recipe.model, _clips(recipe, out), start), recipe.teacher.ema)
 
 
+def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    stage = bidirectional.Stage(
+        recipe.score, recipe.model, _clips(recipe, out), trained_network(recipe, out, "teacher")
+    )
+    return _averaged(stage, recipe.score.ema)
+
+
 def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     stage = cd.Stage(recipe.cd, recipe.model, _clips(recipe, out), trained_network(recipe, out, "teacher"))
     return stage, stage.average
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "bidirectional")
+    student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "score")
     prompts = partial(data.prompts, config=recipe.data)
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score), recipe.dmd.ema)
 
@@ -172,7 +181,7 @@ def sample(network: Network, recipe: Recipe, stage: str, clips: int, seed: int =
     generator = step_generator(seed, 0)
     prompts = data.prompts(clips, generator, recipe.data)
     units = recipe.data.units // recipe.model.unit
-    if stage == "bidirectional":
+    if stage in ("bidirectional", "score"):
         return bidirectional.sample(network, recipe.model, prompts, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
     if stage == "teacher":
         player = rollout.Player(network, recipe.model, prompts, guidance=GUIDANCE)

@@ -75,3 +75,11 @@ def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float)
 def broadcast(s: Tensor) -> Tensor:
     """[B, n] -> [B, n, 1, 1, 1], to meet latents."""
     return s[:, :, None, None, None]
+
+
+def unit_weights(frames: int, unit: int, first: float, early: float = 1.0) -> Tensor:
+    """[T] loss weights of mean 1: a frame of the first unit counts `first` times, of the next three `early` times."""
+    weights = torch.ones(frames)
+    weights[: 4 * unit] = early
+    weights[:unit] = first
+    return weights / weights.mean()

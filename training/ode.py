@@ -31,9 +31,8 @@ from cfrt.errors import ConfigError
 from training import rollout
 from training.data import Batch, DataSet, Prompts
 from training.loop import Micro, Optimisers, Stats, Update, cosine, step_generator, write_tensors
-from training.network import Network, Velocity, broadcast, guided
+from training.network import Network, Velocity, broadcast, guided, unit_weights
 from training.optimisers import adam
-from training.teacher import unit_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ class Recipe:
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
     bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)
     teacher: teacher.Config = field(default_factory=teacher.Config)
+    score: bidirectional.Config = field(
+        default_factory=lambda: bidirectional.Config(steps=5500, shift=5.0, first_weight=2.0, early_weight=2.0)
+    )
     cd: cd.Config = field(default_factory=cd.Config)
     dmd: dmd.Config = field(default_factory=dmd.Config)
     evaluate: evaluate.Config = field(default_factory=evaluate.Config)
@@ -53,6 +56,7 @@ def smoke() -> Recipe:
         autoencoder=autoencoder.Config(steps=30, batch=4),
         bidirectional=bidirectional.Config(steps=10, batch=8),
         teacher=teacher.Config(steps=8, batch=4, starts=8),
+        score=bidirectional.Config(steps=4, batch=8),
         cd=cd.Config(steps=6, batch=4),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2),

@@ -17,7 +17,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
 from training.loop import Micro, Optimisers, Stats, Update, cosine
-from training.network import Network, Velocity, broadcast
+from training.network import Network, Velocity, broadcast, unit_weights
 from training.optimisers import muon_and_adam
 
 ELSEWHERE = 2**20  # batches ahead: where the further first units come from
@@ -43,14 +43,6 @@ class Config:
 def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator) -> Tensor:
     """[B, T] uniform u, one for each unit of `frames` latent frames (reference schedule: independent per unit)."""
     return torch.rand(clips, units, generator=generator).repeat_interleave(frames, 1)
-
-
-def unit_weights(frames: int, unit: int, first: float, early: float = 1.0) -> Tensor:
-    """[T] loss weights of mean 1: a frame of the first unit counts `first` times, of the next three `early` times."""
-    weights = torch.ones(frames)
-    weights[: 4 * unit] = early
-    weights[:unit] = first
-    return weights / weights.mean()
 
 
 class Stage:

@@ -1,0 +1,96 @@
+"""The paper's table: its cells, its rows, its verdicts, and a run of everything for seconds.
+
+Runs on the CPU; the run itself takes most of a minute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import report, reproduce
+from training.laboratory import Cell
+from training.reproduce import Arguments
+
+pytestmark = pytest.mark.cpu
+
+
+def _row(init: str, seed: int, instruction: float, dmd: bool = False, **more: Any) -> dict[str, Any]:
+    row = {"init": init, "dmd": dmd, "steps": 2, "unit": 1, "seed": seed, "instruction": instruction, "dynamic": 0.5}
+    row |= {"sharpness": 1.0, "diversity": 0.5, "distance": 0.1, "drift": 0.0, "valid": 0.9, "flow_map": 0.9}
+    row |= {"flow_lost": [0.1, 0.1], "seconds": 100.0, "clips": 192}
+    return {**row, "intervals": {"instruction": [instruction - 0.04, instruction + 0.04]}, **more}
+
+
+def test_key_rows_are_three_inits_before_and_after_three_seeds() -> None:
+    cells = reproduce.cells(Arguments())
+    assert len(cells) == len(set(cells)) == 18
+    assert {cell.init for cell in cells} == {"sf-ode", "causal-ode", "causal-cd"}
+    assert {(cell.steps, cell.unit) for cell in cells} == {(2, 1)}
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_a_row_takes_the_place_of_its_cell(tmp_path: Path) -> None:
+    path = tmp_path / "reproduce.json"
+    for row in (_row("sf-ode", 1, 0.2), _row("sf-ode", 2, 0.3), _row("sf-ode", 1, 0.4)):
+        reproduce.keep(path, row)
+    rows = json.loads(path.read_text())
+    assert [(row["seed"], row["instruction"]) for row in rows] == [(1, 0.4), (2, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict"),
+    [
+        ((0.30, 0.31, 0.29), "appears"),
+        ((-0.30, -0.31, -0.29), "the reverse appears"),
+        ((0.01, -0.01, 0.02), "not decided"),
+        ((0.60, 0.00, 0.05), "not decided"),  # three seeds that disagree decide nothing
+        ((), "not run"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval(gaps: tuple[float, ...], verdict: str) -> None:
+    rows = [_row("sf-ode", seed, 0.3) for seed, _ in enumerate(gaps)]
+    rows += [_row("causal-cd", seed, 0.3 + gap) for seed, gap in enumerate(gaps)]
+    claim = next(line for line in report.claims(rows).splitlines() if "causal CD beats SF ODE in instr" in line)
+    assert claim.rstrip(" |").rsplit("| ", 1)[1].startswith(verdict)
+
+
+def test_clips_bound_the_interval_when_seeds_agree() -> None:
+    rows = [_row(init, seed, value) for init, value in (("sf-ode", 0.3), ("causal-cd", 0.5)) for seed in (1, 2, 3)]
+    gap = report.difference(rows, {"init": "causal-cd"}, {"init": "sf-ode"}, "instruction")
+    assert gap["value"] == pytest.approx(0.2)
+    assert gap["half"] == pytest.approx(0.04 * 2**0.5 / 3**0.5)
+
+
+def test_what_was_not_run_says_so(tmp_path: Path) -> None:
+    reproduce.keep(tmp_path / "reproduce.json", _row("causal-cd", 1, 0.5))
+    report.write(tmp_path, tmp_path / "RESULTS.md")
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| causal CD | not run | 50 / 50 | not run |" in page
+    assert "| SF ODE collapses frame-wise (dynamic near 0 after DMD) | not run |" in page
+
+
+def test_the_whole_of_it_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--smoke", "--out", str(tmp_path), "--seeds", "1", "--inits", "sf-ode", "causal-cd", "--dmd", "after"]
+    reproduce.main(arguments)
+    rows = json.loads((tmp_path / "results" / "reproduce.json").read_text())
+    assert [(row["init"], row["dmd"]) for row in rows] == [("sf-ode", True), ("causal-cd", True)]
+    for row in rows:
+        assert {"init", "dmd", "steps", "unit", "seed", "instruction", "dynamic", "sharpness"} < set(row)
+        assert {"diversity", "distance", "drift", "clips", "seconds", "flow_map"} < set(row)
+        assert row["seconds"] > 0
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert any("pairs" in str(path) for path in written)
+    reproduce.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
+    assert "not run" in (tmp_path / "RESULTS.md").read_text()
+    assert capsys.readouterr().out.count("causal-cd, after DMD") == 2
+
+
+def test_cells_have_names_of_their_own() -> None:
+    everything = Arguments(inits=("sf-ode", "ar-diffusion"), steps=(1, 2, 4), units=(1, 3))
+    names = [cell.name for cell in reproduce.cells(everything)]
+    assert len(set(names)) == len(names) == 72
+    assert Cell(init="sf-ode", dmd=True, steps=1, unit=3, seed=2).name == "sf-ode-dmd-1step-f3-seed2"

@@ -1,0 +1,273 @@
+"""Where cells of the paper's table are trained and measured: one folder with the teachers, the data and the pairs that
+they share, and a folder for each student.
+
+Everything in it is made once; a laboratory that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cfrt.config import ModelConfig
+from training import cd, chain, data, dmd, evaluate, loop, ode, recipes, sources, teacher, worlds
+from training.data import Batch
+from training.loop import Average, step_generator
+from training.network import Network, clone, load
+
+Init = Literal["sf-ode", "ar-diffusion", "causal-ode", "causal-cd"]
+INITS: tuple[Init, ...] = get_args(Init)
+
+STEP_LISTS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
+"""u before the warp; fewer than four get the four for their first unit (the published lists)."""
+RELEASED = Path(__file__).parent / "weights" / "tiny"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    init: Init
+    dmd: bool
+    steps: int
+    unit: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.init}-{'dmd-' if self.dmd else ''}{self.steps}step-f{self.unit}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every cell spends: the same for all of them."""
+
+    clips: int = 8000
+    guidance: float = 3.0
+    """Of every teacher: in ODE pairs and in the steps of consistency distillation."""
+    ode: ode.Config = field(default_factory=lambda: ode.Config(pairs=512, euler_steps=24, steps=600))
+    cd: cd.Config = field(default_factory=lambda: cd.Config(steps=600, levels=24))
+    dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=60))
+    teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=2500))
+    """AR teachers of units other than the released one's, trained from it."""
+    evaluate: evaluate.Config = field(default_factory=lambda: evaluate.Config(prompts=192, pasts=24, long=16))
+    flow_clips: int = 128
+    """Held-out trajectories on which the flow map is measured."""
+
+
+SMOKE = Config(
+    clips=32,
+    ode=ode.Config(pairs=16, euler_steps=4, steps=3),
+    cd=cd.Config(steps=3, batch=4, levels=4),
+    dmd=dmd.Config(steps=1, batch=4, critic_warmup=1),
+    teacher=teacher.Config(steps=2, batch=4, starts=4),
+    evaluate=evaluate.Config(prompts=4, pasts=1, futures=2, long=1),
+    flow_clips=8,
+)
+
+
+class Laboratory:
+    """Everything that cells share, made once and kept in a folder."""
+
+    def __init__(self, folder: Path, config: Config, recipe: recipes.Recipe) -> None:
+        self.folder, self.config, self.recipe = folder, config, recipe
+        self.chain = folder / "teachers"
+        if RELEASED.is_dir() and recipe.name == "tiny":
+            chain.adopt(RELEASED, self.chain)
+        chain.train(recipe, self.chain, until="score")
+
+    @cached_property
+    def score(self) -> Network:
+        return chain.trained_network(self.recipe, self.chain, "score")
+
+    def model(self, unit: int, steps: int) -> ModelConfig:
+        frames = self.recipe.data.units // unit * unit
+        first = STEP_LISTS[4] if steps < 4 else None
+        window = -(-self.recipe.model.window // unit) * unit
+        plain = replace(self.recipe.model, first_steps=None, steps=STEP_LISTS[steps])
+        return replace(plain, unit=unit, window=window, trained_frames=frames, first_steps=first)
+
+    def script(self, unit: int) -> data.Config:
+        units = self.recipe.data.units // unit * unit
+        return replace(self.recipe.data, clips=self.config.clips, units=units, unit=unit)
+
+    def clips(self, unit: int) -> data.Clips:
+        script, folder = self.script(unit), self.folder / f"data-f{unit}"
+        data.write(folder, script, chain.trained_autoencoder(self.recipe, self.chain), self.recipe.seed)
+        return data.Clips(folder, script, self.recipe.seed)
+
+    def teacher(self, unit: int) -> Network:
+        """The AR teacher; of another unit than the released one, trained from that."""
+        released = chain.trained_network(self.recipe, self.chain, "teacher")
+        if unit == self.recipe.model.unit:
+            return released
+        model = self.model(unit, 4)
+        stage = teacher.Stage(self.config.teacher, model, self.clips(unit), clone(released, model))
+        return self._trained(f"teacher-f{unit}", stage, Average(stage.student, self.config.teacher.ema), model)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def student(self, cell: Cell) -> Network:
+        """The network of a cell, trained if need be."""
+        model = self.model(cell.unit, cell.steps)
+        start = self.initialised(cell)
+        if not cell.dmd:
+            return start
+        stage = dmd.Stage(
+            self.config.dmd, model, partial(data.prompts, config=self.script(cell.unit)), start, self.score
+        )
+        return self._trained(cell.name, stage, Average(start, self.config.dmd.ema), model, cell.seed)
+
+    def initialised(self, cell: Cell) -> Network:
+        """Stage 2, which knows nothing of the number of steps."""
+        model, clips = self.model(cell.unit, 4), self.clips(cell.unit)
+        start, name = self.teacher(cell.unit), f"{cell.init}-f{cell.unit}-seed{cell.seed}"
+        if cell.init == "ar-diffusion":
+            return start
+        if cell.init == "causal-cd":
+            stage = cd.Stage(replace(self.config.cd, guidance=self.config.guidance), model, clips, start)
+            return self._trained(name, stage, stage.average, model, cell.seed)
+        config, make = self._ode(cell.init, cell.unit)
+        folder = self.folder / name / "pairs"
+        with self._timed(self.folder / name):
+            ode.write(folder, config, clips, make, cell.seed)
+        regression = ode.Stage(config, model, ode.read(folder, config), clone(start, model))
+        return self._trained(name, regression, Average(regression.student, config.ema), model, cell.seed)
+
+    def _ode(self, init: Init, unit: int) -> tuple[ode.Config, ode.Maker]:
+        config, model = replace(self.config.ode, guidance=self.config.guidance), self.model(unit, 4)
+        if init == "sf-ode":
+            config = replace(config, past="noisy")
+            return config, partial(ode.bidirectional_pairs, self.score, model, config)
+        return config, partial(ode.causal_pairs, self.teacher(unit), model, config)
+
+    def _trained(self, name: str, stage: loop.Stage, average: Average, model: ModelConfig, seed: int = 0) -> Network:
+        folder = self.folder / name
+        if not chain.finished(folder):
+            with self._timed(folder):
+                loop.run(stage, folder, seed=1000 * seed + 7, average=average)
+        return load(model, chain.weights(self.folder, name))
+
+    # ----------------------------------------------------------------------------------------------------- measuring
+
+    def row(self, cell: Cell) -> Row:
+        """The row of a cell: trained, played, read, and kept in the folder."""
+        path = self.folder / "rows" / f"{cell.name}.json"
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+        network = self.student(cell).eval().requires_grad_(False)
+        model = self.model(cell.unit, cell.steps)
+        autoencoder = chain.trained_autoencoder(self.recipe, self.chain)
+        source = sources.generated(autoencoder, sources.student(network, model))
+        config = self.evaluation(cell.unit, cell.seed)
+        tasks = config.tasks(model.text)
+        del tasks["switch"]
+        measured = evaluate.plain(evaluate.measure({"student": source}, tasks, config, self.folder / cell.name))
+        row = {**asdict(cell), **_numbers(measured["student"]), **self.flow_map(cell, network)}
+        row |= {"clips": config.prompts, "seconds": round(self.seconds(cell), 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row, indent=1) + "\n")
+        return row
+
+    def references(self) -> dict[str, Row]:
+        """What cells are compared with: real clips, their reconstructions, and both teachers at many steps."""
+        path = self.folder / "references.json"
+        if not path.exists():
+            autoencoder, model = chain.trained_autoencoder(self.recipe, self.chain), self.model(1, 4)
+            guidance, config = self.config.guidance, self.evaluation(1, 0)
+            unit_by_unit = sources.teacher(self.teacher(1).eval(), model, guidance=guidance)
+            at_once = sources.whole(self.score.eval(), model, guidance=guidance)
+            rows = {
+                "real clips": sources.real,
+                "through the autoencoder": sources.reconstruction(autoencoder),
+                "AR teacher, 24 steps": sources.generated(autoencoder, unit_by_unit),
+            }
+            tasks = config.tasks(model.text)
+            del tasks["switch"]
+            measured = evaluate.plain(evaluate.measure(rows, tasks, config, self.folder / "references"))
+            whole = {"bidirectional teacher, 24 steps": sources.generated(autoencoder, at_once)}
+            measured |= evaluate.plain(evaluate.measure(whole, {"start": tasks["start"]}, config))
+            path.write_text(json.dumps({name: _numbers(row) for name, row in measured.items()}, indent=1) + "\n")
+        return dict(json.loads(path.read_text()))
+
+    def evaluation(self, unit: int, seed: int) -> evaluate.Config:
+        config = replace(self.config.evaluate, seed=40_000 + 100 * seed)
+        if unit == 1:
+            return config
+        lengths = {"units": config.units, "future_units": config.future_units, "long_units": config.long_units}
+        whole = {name: -(-value // unit) * unit for name, value in lengths.items()}
+        return replace(config, past_units=unit, **whole)
+
+    @torch.no_grad()
+    def flow_map(self, cell: Cell, network: Network) -> Row:
+        """One jump from pure noise, against the end points of the teacher that the cell learnt from.
+
+        `flow_map` = Var(jump) / Var(end) on the first unit: 1 where the teacher's map is a function of what the student
+        sees, less where it learnt a mean. `flow_lost` = E|jump - end|^2 / Var(end) for each unit."""
+        init: Init = "sf-ode" if cell.init == "sf-ode" else "causal-ode"
+        config, make = self._ode(init, cell.unit)
+        pairs = make(self._unseen(cell.unit), step_generator(99, cell.unit))
+        stage = ode.Stage(config, self.model(cell.unit, 4), pairs, network)
+        jump = stage.jump(pairs.states[:, 0], torch.ones(pairs.caption.shape), Batch.of(pairs.clean, pairs))
+        spread, end, lost = _variance(jump, cell.unit), _variance(pairs.end, cell.unit), (jump - pairs.end).square()
+        missing = lost.mean((0, 2, 3, 4)).view(-1, cell.unit).mean(1) / end
+        return {
+            "flow_map": round((spread / end)[0].item(), 4),
+            "flow_lost": [round(value, 4) for value in missing.tolist()],
+        }
+
+    def _unseen(self, unit: int) -> Batch:
+        """Clips of the world that no training saw."""
+        script, generator = self.script(unit), step_generator(98, unit)
+        plan = data.script(self.config.flow_clips, script, generator)
+        video = worlds.render(data.play(plan, script.units, generator))
+        latents = data.encode(chain.trained_autoencoder(self.recipe, self.chain), video)
+        return Batch(latents=latents, captions=plan.captions, caption=plan.caption(script.units))
+
+    # ---------------------------------------------------------------------------------------------------------- cost
+
+    @contextmanager
+    def _timed(self, folder: Path) -> Iterator[None]:
+        """Add the processor seconds of what is inside to those that the folder has cost."""
+        before, began = self._spent(folder), time.process_time()
+        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "seconds.json").write_text(json.dumps(before + time.process_time() - began) + "\n")
+
+    @staticmethod
+    def _spent(folder: Path) -> float:
+        path = folder / "seconds.json"
+        return float(json.loads(path.read_text())) if path.exists() else 0.0
+
+    def seconds(self, cell: Cell) -> float:
+        """Processor seconds of training: stage 2, and DMD where the cell has it. Teachers are shared and left out."""
+        stage2 = self._spent(self.folder / f"{cell.init}-f{cell.unit}-seed{cell.seed}")
+        return stage2 + (self._spent(self.folder / cell.name) if cell.dmd else 0.0)
+
+
+def _variance(x: Tensor, unit: int) -> Tensor:
+    """Variance over clips, averaged over the numbers of each unit: [units]."""
+    return x.var(0).mean((1, 2, 3)).view(-1, unit).mean(1)
+
+
+def _numbers(measured: Row) -> Row:
+    """The columns of the table, with what stands behind them."""
+    names = {"instruction": "all", "dynamic": "dynamic", "sharpness": "residual", "distance": "distance"}
+    names |= {"diversity": "diversity"} if "diversity" in measured else {}
+    row: Row = {name: round(measured[key]["value"], 5) for name, key in names.items()}
+    row["intervals"] = {name: [round(measured[key][end], 5) for end in ("low", "high")] for name, key in names.items()}
+    row["factors"] = {name: round(measured[name]["value"], 5) for name in worlds.FACTORS}
+    row["valid"] = round(measured["valid"]["value"], 5)
+    if "drift" in measured:
+        stretches = [stretch["valid"]["value"] for stretch in measured["drift"]]
+        row["drift"] = round(stretches[-1] - stretches[0], 5)
+        row["valid_over_time"] = [round(value, 5) for value in stretches]
+    return row

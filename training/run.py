@@ -1,0 +1,68 @@
+"""`python -m training RECIPE`: train the embedded student from nothing, end to end, resumable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, causal consistency distillation,
+    asymmetric DMD.
+
+    Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a
+    contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in
+    OUT/student."""
+
+    recipe: Annotated[Literal["tiny"], tyro.conf.Positional]
+    """What to train."""
+    out: Path | None = None
+    """Folder of the run; default runs/RECIPE."""
+    smoke: bool = False
+    """Every stage for a few steps (under three minutes): shows that the chain holds, the student is noise."""
+    until: Literal["autoencoder", "bidirectional", "teacher", "score", "cd", "dmd", "card"] = "card"
+    """Last stage to run."""
+    adopt: Path | None = None
+    """Folder of released stages (training/weights/tiny) to begin with instead of training them."""
+    release: Path | None = None
+    """Folder to leave the finished stages' averaged weights in, halved to fp16."""
+    threads: int | None = None
+    """Threads of torch; default: all cores."""
+    dry_run: bool = False
+    """Print the resolved recipe and stop."""
+
+
+def main(words: Sequence[str]) -> None:
+    """`words` is the command line, the recipe first."""
+    arguments = tyro.cli(Arguments, args=words, prog="python -m training")
+    import torch  # after the command line, so that --help is quick
+
+    from cfrt.errors import CfrtError
+    from training import chain, recipes
+
+    recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
+    if arguments.dry_run:
+        print(json.dumps(asdict(recipe), indent=2))
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    out = arguments.out or Path("runs") / recipe.name
+    try:
+        if arguments.adopt:
+            chain.adopt(arguments.adopt, out)
+        chain.run(recipe, out, until=arguments.until)
+        if arguments.release:
+            chain.release(recipe, out, arguments.release)
+    except CfrtError as error:
+        print(f"training: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"training: stopped; run the same command again to go on from {out}", file=sys.stderr)
+        raise SystemExit(130) from None

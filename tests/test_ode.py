@@ -135,7 +135,7 @@ def test_gradients_into_the_past_change_the_gradient_and_not_the_clips(model: Mo
         network = _network(model)
         config = dmd.Config(batch=2, context_gradient=through)
         stage = dmd.Stage(config, model, _Clips(model).prompts, network, _network(model, 1))
-        batch = stage.roll(torch.Generator().manual_seed(4))
+        batch, _ = stage.roll(loop.micro_batch(4, 0, 0))
         batch.latents[:, -model.unit :].square().sum().backward()
         clips.append(batch.latents.detach())
         gradients.append(network.dit.blocks[0].self_attn.k.weight.grad)  # type: ignore[union-attr]
@@ -147,7 +147,27 @@ def test_a_rollout_longer_than_the_window_has_gradients(model: ModelConfig) -> N
     """The published trainer can't: its cache is written in place under autograd."""
     short = replace(model, window=3)
     stage = dmd.Stage(dmd.Config(batch=2), short, _Clips(model).prompts, _network(short), _network(short, 1))
-    batch = stage.roll(torch.Generator().manual_seed(4))
+    batch, _ = stage.roll(loop.micro_batch(4, 0, 0))
     batch.latents.square().sum().backward()
     assert all(p.grad is not None for p in stage.student.dit.blocks.parameters())
     assert rollout.levels(short, 0) == flow.sigmas(short.unit_steps(0), short.shift)
+
+
+def test_a_rollout_longer_than_a_clip_is_judged_at_its_end(model: ModelConfig) -> None:
+    """Of 12 frames the last 6 are scored; the first unit of those is given, and earlier ones carry no gradient."""
+    network, restarted = _network(model), []
+
+    def restart(latents: torch.Tensor) -> torch.Tensor:
+        restarted.append(latents.shape[1])
+        return torch.zeros_like(latents[:, :1])
+
+    config = dmd.Config(batch=2, lengths=(12,), tau=(0.4, 0.5))
+    stage = dmd.Stage(config, model, _Clips(model).prompts, network, _network(model, 1), restart=restart)
+    batch, judged = stage.roll(loop.micro_batch(4, 0, 0))
+    assert batch.latents.shape[1] == batch.caption.shape[1] == 6
+    assert (restarted, judged) == ([7], model.unit)
+    assert (batch.latents[:, 0] == 0).all()
+    stats = loop.take(stage, stage.optimisers(), 0, seed=0)
+    assert stats["norm"] > 0
+    with pytest.raises(ode.ConfigError, match="restart"):
+        dmd.Stage(config, model, _Clips(model).prompts, network, _network(model, 1)).roll(loop.micro_batch(4, 0, 0))

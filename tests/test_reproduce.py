@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from training import report, reproduce
+from training import claims, reproduce
 from training.laboratory import Cell
 from training.reproduce import Arguments
 
@@ -53,20 +53,20 @@ def test_a_row_takes_the_place_of_its_cell(tmp_path: Path) -> None:
 def test_a_verdict_follows_from_the_interval(gaps: tuple[float, ...], verdict: str) -> None:
     rows = [_row("sf-ode", seed, 0.3) for seed, _ in enumerate(gaps)]
     rows += [_row("causal-cd", seed, 0.3 + gap) for seed, gap in enumerate(gaps)]
-    claim = next(line for line in report.claims(rows).splitlines() if "causal CD beats SF ODE in instr" in line)
+    claim = next(line for line in claims.claims(rows).splitlines() if "causal CD beats SF ODE in instr" in line)
     assert claim.rstrip(" |").rsplit("| ", 1)[1].startswith(verdict)
 
 
 def test_clips_bound_the_interval_when_seeds_agree() -> None:
     rows = [_row(init, seed, value) for init, value in (("sf-ode", 0.3), ("causal-cd", 0.5)) for seed in (1, 2, 3)]
-    gap = report.difference(rows, {"init": "causal-cd"}, {"init": "sf-ode"}, "instruction")
+    gap = claims.difference(rows, {"init": "causal-cd"}, {"init": "sf-ode"}, "instruction")
     assert gap["value"] == pytest.approx(0.2)
     assert gap["half"] == pytest.approx(0.04 * 2**0.5 / 3**0.5)
 
 
 def test_what_was_not_run_says_so(tmp_path: Path) -> None:
     reproduce.keep(tmp_path / "reproduce.json", _row("causal-cd", 1, 0.5))
-    report.write(tmp_path, tmp_path / "RESULTS.md")
+    claims.write(tmp_path, tmp_path / "RESULTS.md")
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| causal CD | not run | 50 / 50 | not run |" in page
     assert "| SF ODE collapses frame-wise (dynamic near 0 after DMD) | not run |" in page

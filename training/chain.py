@@ -143,7 +143,13 @@ def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "score")
     prompts = partial(data.prompts, config=recipe.data)
-    return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score), recipe.dmd.ema)
+    longer = partial(restart, trained_autoencoder(recipe, out))
+    return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
+
+
+def restart(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """The last picture of latents [B, k, C, h, w] as the first latent frame of a clip, [B, 1, C, h, w]."""
+    return data.encode(autoencoder, data.decode(autoencoder, latents)[:, -1:])
 
 
 PREVIEW_CLIPS = 8

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
+from cfrt.errors import ConfigError
 from training import rollout
 from training.data import Batch, Prompts
-from training.loop import Micro, Optimisers, Stats, Update, constant, cosine
-from training.network import Network, broadcast, clone, frozen, guided
+from training.loop import Micro, Optimisers, Schedule, Stats, Update, constant, cosine
+from training.network import Network, broadcast, clone, frozen, guided, noise_like
 from training.optimisers import adam
 
 
@@ -45,23 +46,44 @@ class Config:
     0.85 was set from an earlier checkpoint, and these numbers say that it is still too high."""
     ema: float = 0.97
     betas: tuple[float, float] = (0.0, 0.99)
+    schedule: Schedule = "cosine"
+    """Of the student; the critic's rate is constant."""
     fresh_rollouts: bool = False
     """A new rollout for each critic update, as published; otherwise the student's own is used again."""
+    lengths: tuple[int, ...] = ()
+    """Latent frames of a rollout, one drawn for each; () = as many as the prompts have. Of a longer one, the scores see
+    the last frames, as many as they were trained on, and only those carry gradients."""
     context_gradient: bool = False
     """Let a unit's loss reach back into the clean passes of the units it saw (Self Gradient Forcing); off, as in the
     paper, a unit's gradient ends at its own last pass."""
 
 
+Restart = Callable[[Tensor], Tensor]
+"""Latents played so far [B, k, C, h, w] -> the latent frame [B, 1, C, h, w] with which a clip that begins at the last
+of them would begin. The autoencoder codes a first frame (one picture) unlike the others (four), and the scores have
+seen clips with a first frame only."""
 Draw = Callable[[int, torch.Generator], Prompts]  # (clips, randomness) -> prompts to play
 
 
 class Stage:
     name = "dmd"
 
-    def __init__(self, config: Config, model: ModelConfig, prompts: Draw, student: Network, score: Network) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        prompts: Draw,
+        student: Network,
+        score: Network,
+        fake: Network | None = None,
+        restart: Restart | None = None,
+    ) -> None:
+        """`fake`: where the critic starts, which may be smaller than the real score; None = from the score itself.
+        `restart` is needed where rollouts are longer than a clip."""
+        self.restart = restart
         self.config, self.model, self.prompts, self.steps = config, model, prompts, config.steps
-        self.student = student
-        self.fake = clone(score, model)
+        self.student, self.batch = student, config.batch
+        self.fake = clone(score, model) if fake is None else fake
         self.real = frozen(score)
         self.networks = {"student": self.student, "fake": self.fake}
         self.frozen = {"real": self.real}
@@ -82,7 +104,9 @@ class Stage:
             self._played.clear()
             yield Update("fake", critic_lr, self.critic_loss)
         self._played.clear()
-        yield Update("student", config.lr * cosine(index, self.steps, warmup=10, floor=0.1), self.loss)
+        falling = config.schedule == "cosine"
+        factor = cosine(index, self.steps, warmup=10, floor=0.1) if falling else constant(index, self.steps)
+        yield Update("student", config.lr * factor, self.loss)
         for _ in range(config.critic_updates):
             if config.fresh_rollouts:
                 self._played.clear()
@@ -90,11 +114,11 @@ class Stage:
 
     def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
         """Half the squared distance to x - g, whose gradient with respect to x is g."""
-        batch = self.roll(micro.generator)
+        batch, judged = self.roll(micro)
         x = batch.latents
         self._played[micro.index] = replace(batch, latents=x.detach())
         g = self.gradient(x.detach(), batch, micro.generator)
-        loss = 0.5 * (x - (x - g).detach()).square().mean()
+        loss = 0.5 * (x - (x - g).detach())[:, judged:].square().mean()
         return loss, {"gradient": g.abs().mean().item(), "deviation": x.detach().std().item()}
 
     def critic_loss(self, micro: Micro) -> tuple[Tensor, Stats]:
@@ -102,37 +126,75 @@ class Stage:
         batch = self._played.get(micro.index)
         if batch is None:
             with torch.no_grad():
-                batch = self._played[micro.index] = self.roll(micro.generator)
+                batch = self._played[micro.index] = self.roll(micro)[0]
         x = batch.latents
         x_tau, tau, eps = self.noised(x, micro.generator)
         loss = (self.fake.bidirectional(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
         return loss, {"fake": loss.item()}
 
-    def roll(self, generator: torch.Generator) -> Batch:
-        """A rollout under fresh prompts: latents [B, n, C, h, w], differentiable in each unit's last pass."""
-        prompts = self.prompts(self.config.batch, generator)
-        exits = [int(torch.randint(len(rollout.levels(self.model, unit)), (), generator=generator)) for unit in (0, 1)]
+    def roll(self, micro: Micro) -> tuple[Batch, int]:
+        """A rollout under fresh prompts: clips as long as the scores know them, latents [B, n, C, h, w] differentiable
+        in each unit's last pass; and the frame from which on they are the student's to answer for. Where a unit
+        stops is common to a step's micro-batches."""
+        generator = micro.generator
+        prompts, clip = self._prompts(generator)
+        frames = prompts.caption.shape[1]
+        ladders = [len(rollout.levels(self.model, unit)) for unit in (0, 1)]
+        exits = [int(torch.randint(ladder, (), generator=micro.common)) for ladder in ladders]
         passes: list[rollout.LastPass] = []
-        denoise = rollout.few_step(self.model, generator, exits, passes)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.context_gradient):
+        few_step = rollout.few_step(self.model, generator, exits, passes)
+        differentiable = torch.is_grad_enabled() and not self.config.context_gradient
+
+        def denoise(player: rollout.Player, x: Tensor, unit: int) -> Tensor:
+            with torch.set_grad_enabled(differentiable and (unit + 1) * self.model.unit > frames - clip):
+                return few_step(player, x, unit)
+
+        with torch.set_grad_enabled(differentiable):
             player = rollout.Player(self.student, self.model, prompts)
-            x0 = rollout.play(player, prompts.caption.shape[1] // self.model.unit, denoise, generator)
-        played = Batch.of(x0, prompts)
-        return self._through_context(played, passes) if self.config.context_gradient else played
+            played = Batch.of(rollout.play(player, frames // self.model.unit, denoise, generator), prompts)
+        if self.config.context_gradient and torch.is_grad_enabled():
+            played = self._through_context(played, passes)
+        return self._last(played, clip)
+
+    def _prompts(self, generator: torch.Generator) -> tuple[Prompts, int]:
+        """Prompts for a rollout of a length drawn from the config, and the length of a clip."""
+        prompts = self.prompts(self.config.batch, generator).to(self.student.device)
+        clip = prompts.caption.shape[1]
+        if not self.config.lengths:
+            return prompts, clip
+        frames = self.config.lengths[int(torch.randint(len(self.config.lengths), (), generator=generator))]
+        last = prompts.caption[:, -1:].expand(-1, max(0, frames - clip))
+        return replace(prompts, caption=torch.cat([prompts.caption, last], 1)[:, :frames]), clip
+
+    def _last(self, played: Batch, clip: int) -> tuple[Batch, int]:
+        """The last `clip` frames as a clip of their own; its first unit is given, not judged, where it is not the
+        stream's own first."""
+        start = played.caption.shape[1] - clip
+        if start <= 0:
+            return played, 0
+        if self.restart is None:
+            raise ConfigError(
+                f"expected rollouts of at most {clip} latent frames, the length of a clip, got {start + clip}; longer "
+                "ones need `restart`, which makes the first frame of a clip"
+            )
+        with torch.no_grad():
+            first = self.restart(played.latents[:, : start + 1])
+        latents = torch.cat([first, played.latents[:, start + 1 :]], 1)
+        return replace(played, latents=latents, caption=played.caption[:, start:]), self.model.unit
 
     def _through_context(self, played: Batch, passes: list[rollout.LastPass]) -> Batch:
         """The same clips from one teacher-forced pass over every unit's last input: equal numbers (the mask is the
         cache), but the keys and values of the clean past are computed with gradients."""
         x = torch.cat([last.x for last in passes], 1)
-        s = torch.cat([torch.full(last.x.shape[:2], last.s) for last in passes], 1)
+        s = torch.cat([torch.full(last.x.shape[:2], last.s, device=x.device) for last in passes], 1)
         return replace(played, latents=flow.x0_from_v(x, self.student.teacher_forced(x, s, played), broadcast(s)))
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(x_tau, tau [B, n], noise): one level a clip, as the scores are clip-level."""
         low, high = (flow.unwarp(s, self.model.shift) for s in self.config.tau)
         u = low + (high - low) * torch.rand(len(x), 1, generator=generator)
-        tau = flow.warp(u, self.model.shift).expand(x.shape[:2])
-        eps = torch.randn(x.shape, generator=generator)
+        tau = flow.warp(u, self.model.shift).to(x.device).expand(x.shape[:2])
+        eps = noise_like(x, generator)
         return flow.add_noise(x, eps, broadcast(tau)), tau, eps
 
     @torch.no_grad()

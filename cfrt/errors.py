@@ -23,3 +23,7 @@ class EngineError(CfrtError, RuntimeError):
 
 class VideoError(CfrtError):
     """A video or picture that cannot be written or read."""
+
+
+class TrainingError(CfrtError, RuntimeError):
+    """Training that cannot start as it was asked to, or that must not go on."""

@@ -17,7 +17,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet, Prompts
 from training.loop import Micro, Optimisers, Stats, Update, cosine
-from training.network import Network, broadcast, guided, unit_weights
+from training.network import Network, broadcast, guided, noise_like, unit_weights
 from training.optimisers import muon_and_adam
 
 
@@ -41,7 +41,7 @@ class Stage:
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
-        self.student = start
+        self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
     def optimisers(self) -> dict[str, Optimisers]:
@@ -53,14 +53,15 @@ class Stage:
     def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
         config, generator = self.config, micro.generator
         batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
+        batch = batch.to(self.student.device)
         x0 = batch.latents
         s = flow.warp(torch.rand(len(x0), 1, generator=generator), config.shift or self.model.shift)
-        s = s.expand(x0.shape[:2])
-        eps = torch.randn(x0.shape, generator=generator)
+        s = s.to(x0.device).expand(x0.shape[:2])
+        eps = noise_like(x0, generator)
         v = self.student.bidirectional(flow.add_noise(x0, eps, broadcast(s)), s, batch)
         error = (v - flow.velocity(x0, eps)).square().mean((0, 2, 3, 4))
         weights = unit_weights(x0.shape[1], self.model.unit, config.first_weight, config.early_weight)
-        return (error * weights).mean(), {"loss": error.mean().item()}
+        return (error * weights.to(error.device)).mean(), {"loss": error.mean().item()}
 
 
 @torch.no_grad()
@@ -75,10 +76,10 @@ def sample(
 ) -> Tensor:
     """Whole clips [B, n, C, h, w] by guided Euler steps."""
     shape = (*prompts.caption.shape, model.latent_channels, *model.latent_grid)
-    x = torch.randn(shape, generator=generator)
-    batch = Batch.of(x, prompts)
+    x = torch.randn(shape, generator=generator).to(network.device)
+    batch = Batch.of(x, prompts.to(x.device))
     grid = flow.euler_grid(steps, model.shift)
     for s, s_next in pairwise(grid):
-        v = guided(network.bidirectional, x, torch.full(shape[:2], s), batch, guidance)
+        v = guided(network.bidirectional, x, torch.full(shape[:2], s, device=x.device), batch, guidance)
         x = flow.euler(x, v, s, s_next)
     return x

@@ -47,6 +47,7 @@ class Stage:
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, teacher: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
+        self.batch = config.batch
         self.teacher = frozen(teacher)
         self.student = clone(teacher, model)
         self.networks, self.frozen = {"student": self.student}, {"teacher": self.teacher}

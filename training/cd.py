@@ -17,8 +17,8 @@ from torch import Tensor
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import DataSet
-from training.loop import Average, Micro, Optimisers, Stats, Update, cosine
-from training.network import Network, broadcast, clone, frozen, guided, unit_weights
+from training.loop import SCHEDULES, Average, Micro, Optimisers, Schedule, Stats, Update
+from training.network import Network, broadcast, clone, frozen, guided, noise_like, unit_weights
 from training.optimisers import adam
 
 
@@ -28,6 +28,7 @@ class Config:
     batch: int = 16
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.99)
+    schedule: Schedule = "cosine"
     levels: int = 24
     guidance: float = 4.0
     ema: float = 0.96
@@ -42,10 +43,11 @@ class Stage:
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, teacher: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
+        self.batch = config.batch
         self.teacher = frozen(teacher)
         self.student = clone(teacher, model)
         self.target = frozen(clone(teacher, model))
-        self.average = Average(self.student, config.ema, warm=False)
+        self.average = Average(self.student, config.ema, warm=False, into=self.target)
         self.networks = {"student": self.student}
         self.frozen = {"teacher": self.teacher, "target": self.target}
         self.grid = torch.tensor(flow.euler_grid(config.levels, model.shift))
@@ -54,22 +56,24 @@ class Stage:
         return {"student": adam(self.student, self.config.lr, self.config.betas)}
 
     def step(self, index: int) -> Iterator[Update]:
-        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+        yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
     def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
         config, unit, generator = self.config, self.model.unit, micro.generator
-        batch = self.clips.batch(micro.index, config.batch)
+        batch = self.clips.batch(micro.index, config.batch).to(self.student.device)
         x0 = batch.latents
         frames = x0.shape[1]
         level = torch.randint(config.levels, (len(x0), frames // unit), generator=generator).repeat_interleave(unit, 1)
-        s, s_next = self.grid[level], self.grid[level + 1]
-        x = flow.add_noise(x0, torch.randn(x0.shape, generator=generator), broadcast(s))
+        s, s_next = self.grid[level].to(x0.device), self.grid[level + 1].to(x0.device)
+        x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
         with torch.no_grad():
             v = guided(self.teacher.teacher_forced, x, s, batch, config.guidance)
             x_next = flow.euler(x, v, broadcast(s), broadcast(s_next))
-            self.target.load_state_dict(self.average.weights)
             goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, batch), broadcast(s_next))
         jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, batch), broadcast(s))
         error = (jump - goal).square().mean((0, 2, 3, 4))
-        loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
-        return loss, {"loss": error.mean().item(), "first": error[:unit].mean().item()}
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
+        return (error * weights.to(error.device)).mean(), {
+            "loss": error.mean().item(),
+            "first": error[:unit].mean().item(),
+        }

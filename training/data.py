@@ -8,7 +8,7 @@ where it has no switch)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -61,6 +61,11 @@ class Prompts:
         keep = torch.rand(len(self), generator=generator) >= chance
         kept = keep.view(-1, *[1] * (self.captions.dim() - 1))
         return replace(self, captions=torch.where(kept, self.captions, self.to_null().captions))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in found.items() if isinstance(x, Tensor)})
 
     @property
     def _of_clips(self) -> tuple[str, ...]:

@@ -26,6 +26,10 @@ class Network(nn.Module):
         self.dit = CausalDiT(config)
         self.text = TextTable(config.text, captions.ROWS) if config.text.kind == "table" else nn.Identity()
 
+    @property
+    def device(self) -> torch.device:
+        return self.dit.patch_embedding.weight.device
+
     def text_kv(self, captions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cross-attention keys and values of captions (rows [B, C, L] or embeddings [B, C, L, D]), one pair a layer."""
         return self.dit.text_kv(self.text(captions))
@@ -47,8 +51,9 @@ class Network(nn.Module):
 
 
 def clone(network: Network, config: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Network:
-    """A copy with its own weights, optionally others'."""
-    copy = Network(config)
+    """A copy with its own weights, optionally others', on the same device."""
+    with network.device:
+        copy = Network(config)
     copy.load_state_dict(dict(weights) if weights is not None else network.state_dict())
     return copy
 
@@ -70,6 +75,11 @@ def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float)
         return velocity(x, s, batch)
     v_cond, v_null = velocity(torch.cat([x, x]), torch.cat([s, s]), batch.and_null()).chunk(2)
     return flow.guide(v_cond, v_null, scale)
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of x's shape, on its device. They are drawn on the CPU: the same wherever a stage is trained."""
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def broadcast(s: Tensor) -> Tensor:

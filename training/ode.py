@@ -30,8 +30,8 @@ from cfrt.config import ModelConfig
 from cfrt.errors import ConfigError
 from training import rollout
 from training.data import Batch, DataSet, Prompts
-from training.loop import Micro, Optimisers, Stats, Update, cosine, step_generator, write_tensors
-from training.network import Network, Velocity, broadcast, guided, unit_weights
+from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update, step_generator, write_tensors
+from training.network import Network, Velocity, broadcast, guided, noise_like, unit_weights
 from training.optimisers import adam
 
 
@@ -49,6 +49,7 @@ class Config:
     batch: int = 16
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Schedule = "cosine"
     ema: float = 0.98
     first_weight: float = 3.0
     early_weight: float = 2.0
@@ -96,8 +97,9 @@ def causal_pairs(
 ) -> Pairs:
     """Trajectories of the AR teacher unit by unit, against a ring that holds the real past: the same numbers as
     `forced_pairs` without the clean half in every step."""
+    batch = batch.to(teacher.device)
     player = rollout.Player(teacher, model, batch, guidance=config.guidance)
-    noise, tracks = torch.randn(batch.latents.shape, generator=generator), []
+    noise, tracks = noise_like(batch.latents, generator), []
     for unit in range(noise.shape[1] // model.unit):
         own = slice(unit * model.unit, (unit + 1) * model.unit)
         tracks.append(_trajectory(partial(player.velocity, unit=unit), noise[:, own], model, config))
@@ -109,8 +111,9 @@ def forced_pairs(
     teacher: Network, model: ModelConfig, config: Config, batch: Batch, generator: torch.Generator
 ) -> Pairs:
     """Trajectories of the AR teacher on the real past, all units at once under the teacher-forcing mask."""
+    batch = batch.to(teacher.device)
     velocity = partial(_clip_velocity, teacher.teacher_forced, batch, config.guidance)
-    noise = torch.randn(batch.latents.shape, generator=generator)
+    noise = noise_like(batch.latents, generator)
     return _pairs(_trajectory(velocity, noise, model, config), batch, clean=batch.latents)
 
 
@@ -118,14 +121,15 @@ def bidirectional_pairs(
     score: Network, model: ModelConfig, config: Config, batch: Batch, generator: torch.Generator
 ) -> Pairs:
     """Trajectories of the bidirectional teacher under the batch's prompts; its clips are not looked at."""
+    batch = batch.to(score.device)
     velocity = partial(_clip_velocity, score.bidirectional, batch, config.guidance)
-    noise = torch.randn(batch.latents.shape, generator=generator)
+    noise = noise_like(batch.latents, generator)
     states = _trajectory(velocity, noise, model, config)
     return _pairs(states, batch, clean=states[:, -1])
 
 
 def _clip_velocity(velocity: Velocity, batch: Batch, guidance: float, x: Tensor, s: float) -> Tensor:
-    return guided(velocity, x, torch.full(x.shape[:2], s), batch, guidance)
+    return guided(velocity, x, torch.full(x.shape[:2], s, device=x.device), batch, guidance)
 
 
 @torch.no_grad()
@@ -182,7 +186,7 @@ class Stage:
 
     def __init__(self, config: Config, model: ModelConfig, pairs: Pairs, start: Network) -> None:
         self.config, self.model, self.pairs, self.steps = config, model, pairs, config.steps
-        self.student = start
+        self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
         self.levels = torch.tensor(flow.sigmas(config.levels, model.shift))
 
@@ -190,19 +194,20 @@ class Stage:
         return {"student": adam(self.student, self.config.lr, self.config.betas)}
 
     def step(self, index: int) -> Iterator[Update]:
-        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+        yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
     def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
         config, unit, generator = self.config, self.model.unit, micro.generator
-        pairs = self.pairs[torch.randint(len(self.pairs), (config.batch,), generator=generator)]
+        device = self.student.device
+        pairs = self.pairs[torch.randint(len(self.pairs), (config.batch,), generator=generator)].to(device)
         frames = pairs.end.shape[1]
         level = torch.randint(len(self.levels), (config.batch, frames // unit), generator=generator)
         level = level.repeat_interleave(unit, 1)  # [B, n]
         x = pairs.states[torch.arange(config.batch)[:, None], level, torch.arange(frames)[None]]
-        jump = self.jump(x, self.levels[level], Batch.of(pairs.clean, pairs))
+        jump = self.jump(x, self.levels[level].to(device), Batch.of(pairs.clean, pairs))
         error = (jump - pairs.end).square().mean((0, 2, 3, 4))
-        loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
-        return loss, {"loss": error.mean().item(), "first": error[:unit].mean().item()}
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
+        return (error * weights.to(device)).mean(), {"loss": error.mean().item(), "first": error[:unit].mean().item()}
 
     def jump(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """G(x, s): where the student lands from x [B, n, C, h, w] at levels s [B, n], on the past of `config.past`."""

@@ -18,7 +18,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.nn.ring import RingCache
 from training.data import Prompts
-from training.network import Network
+from training.network import Network, noise_like
 
 TextKV = list[tuple[Tensor, Tensor]]
 
@@ -32,13 +32,15 @@ class Player:
         self.clips = len(prompts)
         asked = prompts if guidance == 1 else prompts.and_null()
         self.caption, self.text = asked.caption, network.text_kv(asked.captions)
-        self.ring = RingCache(model, batch=len(asked))
+        k, _ = self.text[0]  # has the precision of the compute
+        self.device = k.device
+        self.ring = RingCache(model, batch=len(asked), dtype=k.dtype, device=k.device)
 
     def velocity(self, x: Tensor, s: float, unit: int) -> Tensor:
         """v [B, F, C, h, w] of the unit at noise level s, guided where the player is."""
         guided = self.guidance != 1
         both = torch.cat([x, x]) if guided else x
-        t = torch.full((len(both),), flow.TIME_SCALE * s)
+        t = torch.full((len(both),), flow.TIME_SCALE * s, device=x.device)
         v = self.dit.step(both, t, self._text_of(unit), self.ring, unit)
         if not guided:
             return v
@@ -73,7 +75,7 @@ def play(
         if prefix is not None and unit < given:
             x0 = prefix[:, unit * frames : (unit + 1) * frames]
         else:
-            x0 = denoise(player, torch.randn(shape, generator=generator), unit)
+            x0 = denoise(player, torch.randn(shape, generator=generator).to(player.device), unit)
         clip.append(x0)
         if unit + 1 < units:
             player.commit(x0, unit)
@@ -112,7 +114,7 @@ def few_step(
             with torch.set_grad_enabled(differentiable and index == last):
                 x0 = flow.x0_from_v(x, player.velocity(x, ladder[index], unit), ladder[index])
             if index < last:
-                x = flow.renoise(x0, torch.randn(x0.shape, generator=generator), ladder[index + 1])
+                x = flow.renoise(x0, noise_like(x0, generator), ladder[index + 1])
         if passes is not None:
             passes.append(LastPass(x, ladder[last]))
         return x0

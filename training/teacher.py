@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
-from training.loop import Micro, Optimisers, Stats, Update, cosine
-from training.network import Network, Velocity, broadcast, unit_weights
-from training.optimisers import muon_and_adam
+from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update
+from training.network import Network, Velocity, broadcast, noise_like, unit_weights
+from training.optimisers import adam, muon_and_adam
 
 ELSEWHERE = 2**20  # batches ahead: where the further first units come from
 
@@ -28,7 +28,13 @@ class Config:
     steps: int = 5400
     batch: int = 16
     lr: float = 2e-3
+    schedule: Schedule = "cosine"
+    optimiser: Literal["muon", "adam"] = "muon"
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW, on what Muon leaves it or on everything."""
     ema: float = 0.996
+    weighting: Literal["uniform", "bell"] = "uniform"
+    """Loss weight of a noise level: all alike, or `flow.loss_weight`, which hardly looks at either end."""
     caption_dropout: float = 0.1
     forcing: Literal["teacher", "diffusion"] = "teacher"
     """Which past a unit sees: the clean one, or (diffusion forcing, the ablation) one as noisy as its own levels."""
@@ -52,14 +58,15 @@ class Stage:
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
-        self.student = start
+        self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
     def optimisers(self) -> dict[str, Optimisers]:
-        return {"student": muon_and_adam(self.student, self.config.lr)}
+        make = {"muon": muon_and_adam, "adam": adam}[self.config.optimiser]
+        return {"student": make(self.student, self.config.lr, self.config.betas)}
 
     def step(self, index: int) -> Iterator[Update]:
-        yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
+        yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
     def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
         config, unit, generator = self.config, self.model.unit, micro.generator
@@ -72,7 +79,7 @@ class Stage:
         first = error[:unit].mean()
         if config.starts:
             first = torch.lerp(self._starts(micro), first, len(x0) / (len(x0) + config.starts))
-        weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight).to(error.device)
         loss = (error * weights)[unit:].sum() / frames + first * weights[:unit].sum() / frames
         return loss, {"loss": error.mean().item(), "first": first.item()}
 
@@ -89,8 +96,10 @@ class Stage:
         return self._error(self.student.bidirectional, batch, s, generator).mean()
 
     def _error(self, velocity: Velocity, batch: Batch, s: Tensor, generator: torch.Generator) -> Tensor:
-        """Squared error of v for each clip and frame, [B, T]."""
-        x0 = batch.latents
-        eps = torch.randn(x0.shape, generator=generator)
+        """Squared error of v for each clip and frame, weighted, [B, T]."""
+        batch = batch.to(self.student.device)
+        x0, s = batch.latents, s.to(self.student.device)
+        eps = noise_like(x0, generator)
         v = velocity(flow.add_noise(x0, eps, broadcast(s)), s, batch)
-        return (v - flow.velocity(x0, eps)).square().mean((2, 3, 4))
+        error = (v - flow.velocity(x0, eps)).square().mean((2, 3, 4))
+        return error if self.config.weighting == "uniform" else error * flow.loss_weight(s, self.model.shift)

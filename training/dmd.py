@@ -135,9 +135,9 @@ class Stage:
     def roll(self, micro: Micro) -> tuple[Batch, int]:
         """A rollout under fresh prompts: clips as long as the scores know them, latents [B, n, C, h, w] differentiable
         in each unit's last pass; and the frame from which on they are the student's to answer for. Where a unit
-        stops is common to a step's micro-batches."""
+        stops, and how long it all is, are common to a step's micro-batches."""
         generator = micro.generator
-        prompts, clip = self._prompts(generator)
+        prompts, clip = self._prompts(micro)
         frames = prompts.caption.shape[1]
         ladders = [len(rollout.levels(self.model, unit)) for unit in (0, 1)]
         exits = [int(torch.randint(ladder, (), generator=micro.common)) for ladder in ladders]
@@ -156,13 +156,13 @@ class Stage:
             played = self._through_context(played, passes)
         return self._last(played, clip)
 
-    def _prompts(self, generator: torch.Generator) -> tuple[Prompts, int]:
+    def _prompts(self, micro: Micro) -> tuple[Prompts, int]:
         """Prompts for a rollout of a length drawn from the config, and the length of a clip."""
-        prompts = self.prompts(self.config.batch, generator).to(self.student.device)
+        prompts = self.prompts(self.config.batch, micro.generator).to(self.student.device)
         clip = prompts.caption.shape[1]
         if not self.config.lengths:
             return prompts, clip
-        frames = self.config.lengths[int(torch.randint(len(self.config.lengths), (), generator=generator))]
+        frames = self.config.lengths[int(torch.randint(len(self.config.lengths), (), generator=micro.common))]
         last = prompts.caption[:, -1:].expand(-1, max(0, frames - clip))
         return replace(prompts, caption=torch.cat([prompts.caption, last], 1)[:, :frames]), clip
 

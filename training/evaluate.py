@@ -12,12 +12,14 @@ Four tasks on held-out scenes, each read by the exact reader and reduced by `tra
     python -m training.evaluate --student cfrt/students/tiny            what ships, pixel by pixel through `cfrt.Stream`
     python -m training.evaluate --run runs/tiny --stages teacher dmd    the stages of a run
 
-Everything is a function of the weights and `Config.seed`."""
+Everything is a function of the weights and `Config.seed`. Models of the real world have no exact reader: for them
+`python -m training evaluate --model M --prompts FILE` is `training.vbench`."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -297,8 +299,19 @@ def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextCo
     return rows, model.text
 
 
-def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m training.evaluate")
+def main(arguments: Sequence[str]) -> None:
+    """`python -m training evaluate`: of a list of prompts, for any model; with --student or --run, this exact one."""
+    if any(word.partition("=")[0] in ("--student", "--run") for word in arguments):
+        exact(arguments)
+        return
+    from training import vbench
+
+    vbench.main(arguments)
+
+
+def exact(command: Sequence[str]) -> None:
+    """`python -m training.evaluate`."""
+    arguments = tyro.cli(Arguments, prog="python -m training.evaluate", args=command)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -321,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exact(sys.argv[1:])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from training import measures, metrics, vbench
+from training import leaderboard, measures, metrics
 from training.metrics import NOTHING, Estimate
 
 Row = dict[str, Any]
@@ -224,10 +224,12 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     """RESULTS.md of results.json."""
     s = report["settings"]
     height, width = s["size"]
-    repeated = f" ({report['repeated_prompts']} repeated lines left out)" if report["repeated_prompts"] else ""
+    count = f"{_counted(report['films'], 'film')} of {_counted(report['prompts'], 'prompt')}"
+    if report["repeated_prompts"]:
+        count += f" ({_counted(report['repeated_prompts'], 'repeated line')} left out)"
     timed = report["speed"]["fps"]["n"]
     parts = [
-        f"# {s['model']}: {report['films']} films of {report['prompts']} prompts{repeated}",
+        f"# {s['model']}: {count}",
         "Written by `python -m training evaluate` from rows.jsonl. Each film: "
         f"{s['frames']} frames of {width} x {height} at {s['fps']:g} a second, engine {', '.join(report['engine'])}, "
         f"{s['device']}, {s['precision']}; weights {s['weights']}. Brackets: 95 % interval over prompts, each with all "
@@ -241,6 +243,10 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         _vbench(report["vbench"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _table(lines: Sequence[Line], numbers: Mapping[str, Any]) -> str:
@@ -267,7 +273,7 @@ def _vbench(said: Mapping[str, Any]) -> str:
     scores = said["scores"]
     body = [
         f"| {name.replace('_', ' ')} | {_figure(scores[name], 2, 100)} |"
-        for name in (*vbench.DIMENSIONS, *PARTS)
+        for name in (*leaderboard.DIMENSIONS, *PARTS)
         if name in scores
     ]
     body += [f"| {name.replace('_', ' ')} | {reason} |" for name, reason in said["failed"].items()]
@@ -278,6 +284,6 @@ def _vbench(said: Mapping[str, Any]) -> str:
         notes.append(
             "Total = (4 Quality + Semantic) / 5 of the normalised, weighted dimensions, as its leaderboard has it."
         )
-    if vbench.FLICKER in scores and not said["flicker_filtered"]:
+    if leaderboard.FLICKER in scores and not said["flicker_filtered"]:
         notes.append("Temporal flickering without VBench's filter for still films (--flicker-seeds 25).")
     return "\n\n".join([" ".join(notes), "\n".join(["| dimension | score |", "| --- | ---: |", *body])])

@@ -23,13 +23,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from student_fixture import save_student, small_config
+from student_fixture import random_weights, save_student, small_config
 
 from cfrt import students
 from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import CfrtError, ConfigError, PromptError, VideoError
 from cfrt.text import Encoded, TableText
 from cfrt.video import write
+from cfrt.weights import save_model
 from training import (
     bidirectional,
     cd,
@@ -277,6 +278,7 @@ def clips(tmp_path: Path) -> Path:
         leftover.unlink()
     sound(folder / "sound.mkv")
     (folder / "orphan.txt").write_text(RED)
+    (folder / os.fsdecode(b"caf\xe9.mp4")).touch()
     for name in ("notes.pdf", ".hidden.mp4", ".cache/x.mp4"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
@@ -293,6 +295,7 @@ def sound(path: Path) -> None:
 
 
 REASONS = {
+    "'caf\\udce9.mp4'": "its name is not UTF-8",
     "damaged.mov": "unreadable",
     "empty.mp4": "its caption is empty",
     "latin.mp4": "its caption latin.txt is not UTF-8",
@@ -329,7 +332,7 @@ def test_everything_that_cannot_be_used_is_reported(
     run(*asked, "--dry-run")
     planned = capsys.readouterr().out
     assert not out.exists()
-    assert "2 videos, 4 clips of 6 latent frames = 21 frames of 32 x 32 pixels at 16 fps; 10 files rejected" in planned
+    assert "2 videos, 4 clips of 6 latent frames = 21 frames of 32 x 32 pixels at 16 fps; 11 files rejected" in planned
     run(*asked)
     rejected = table(out / "rejected.csv")
     assert rejected.keys() == REASONS.keys()
@@ -363,6 +366,21 @@ def test_nothing_usable_is_a_failure(student: Path, tmp_path: Path, capsys: pyte
         assert exit_.value.code == 1
         assert message in capsys.readouterr().err
     assert table(tmp_path / "out/rejected.csv").keys() == {"short.mp4"}
+
+
+def test_an_autoencoder_that_this_build_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film(tmp_path / "clips/x.mp4", 30)
+    config = small_config()
+    foreign = replace(config, autoencoder=replace(config.autoencoder, kind="wan"))
+    save_model(tmp_path / "model", foreign, random_weights(config))
+    for model, message in (
+        (tmp_path / "model", "'small' has a 'wan' autoencoder"),
+        ("wan-14b", "'wan-14b' is a preset"),
+    ):
+        with pytest.raises(SystemExit):
+            run("--videos", tmp_path / "clips", "--out", tmp_path / "out", "--model", model)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_of_segments(clips: Path, student: Path, tmp_path: Path) -> None:
@@ -500,7 +518,9 @@ def test_the_index_is_made_once_and_belongs_to_its_shards(made: Path, tmp_path: 
         out.chmod(0o755)
 
 
-def test_damage_is_found(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_found_and_mended(
+    made: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     out = tmp_path / "out"
@@ -518,6 +538,11 @@ def test_damage_is_found(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     (out / "00001.tar").write_bytes(content[:-512])
     with pytest.raises(DataError, match=r"expected \d+ bytes at .*00001.tar, found \d+ bytes"):
         Shards(out, 0)
+    (out / "00000.tar").unlink()
+    with pytest.raises(DataError, match=r"expected \d+ bytes at .*00000.tar, found nothing"):
+        Shards(out, 0)
+    run("--videos", made / "clips", "--out", out, "--model", student, *OPTIONS)  # makes both again
+    assert contents(out) == contents(made / "out")
     manifest = Manifest.load(out)
     replace(manifest, complete=False).save(out)
     with pytest.raises(DataError, match="is not finished; run its `prepare` command again"):

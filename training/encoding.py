@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cfrt import weights
-from cfrt.config import TextConfig
+from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import ConfigError, EngineError, PromptError, VideoError
 from cfrt.nn.autoencoder import Autoencoder
 from training import footage, preview, shards, wording, workers
@@ -68,12 +68,7 @@ class ModelTools:
 
     @cached_property
     def codec(self) -> Codec:
-        """EngineError when this build has no encoder of its kind."""
-        config, tensors = weights.load_model(self.folder)
-        if config.autoencoder.kind != "tiny":
-            raise EngineError(
-                f"{config.name!r} has a {config.autoencoder.kind!r} autoencoder, this build cannot encode"
-            )
+        config, tensors = self._read()
         network, state = Autoencoder(config.autoencoder), weights.part(tensors, "autoencoder")
         weights.match({name: tuple(value.shape) for name, value in network.state_dict().items()}, state)
         network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
@@ -81,13 +76,25 @@ class ModelTools:
 
     @cached_property
     def wording(self) -> Wording:
-        config, tensors = weights.load_model(self.folder)
+        config, tensors = self._read()
         return wording.wording(replace(config, text=self.text), tensors)
 
     @property
     def fingerprint(self) -> str:
         """Which autoencoder it is."""
-        return shards.fingerprint(weights.part(weights.load_model(self.folder)[1], "autoencoder"))
+        return shards.fingerprint(weights.part(self._read()[1], "autoencoder"))
+
+    def _read(self) -> tuple[ModelConfig, weights.Arrays]:
+        """EngineError when this build cannot encode with such an autoencoder."""
+        config, tensors = weights.load_model(self.folder)
+        if config.autoencoder.kind != "tiny":
+            kind = config.autoencoder.kind
+            raise EngineError(f"{config.name!r} has a {kind!r} autoencoder, with which this build cannot encode")
+        return config, tensors
+
+    def __reduce__(self) -> tuple[type[ModelTools], tuple[Path, TextConfig, str]]:
+        """Without what has been loaded: whoever gets it loads its own."""
+        return ModelTools, (self.folder, self.text, self.device)
 
 
 # ---------------------------------------------------------------------- one clip
@@ -151,26 +158,25 @@ def run(selection: Selection, tools: Tools, out: Path, fresh: Manifest, *, crew:
 
     DataError when `out` holds another data set, or when not one clip could be made."""
     out.mkdir(parents=True, exist_ok=True)
-    manifest = _begun(out, fresh)
-    if manifest.complete:
+    manifest, size = _begun(out, fresh), fresh.settings["shard_clips"]
+    missing = [n for n in range(-(-selection.clips // size)) if not _there(out, manifest, n)]
+    if manifest.complete and not missing:
         return manifest
     report(out, selection, manifest)
     if (negative := manifest.settings["negative"]) is not None:
         shards.save_null(out, tools.wording.encode(negative))
-    size = manifest.settings["shard_clips"]
-    done = len(manifest.shards) * size
-    jobs = islice(selection.jobs(), done, None)
+    shares: dict[int, list[Job]] = {number: [] for number in missing}
+    for job in selection.jobs():
+        shares.get(job.number // size, []).append(job)
+    jobs, left = chain.from_iterable(shares.values()), sum(map(len, shares.values()))
     make = partial(Encoder, tools, selection.cut)
-    with (
-        _bar(selection.clips, done) as bar,
-        closing(workers.ordered(make, jobs, crew, "run the same command again to go on")) as results,
-    ):
-        for number in range(len(manifest.shards), -(-selection.clips // size)):
+    results = workers.ordered(make, jobs, min(crew, left), "run the same command again to go on")
+    with closing(results), _bar(selection.clips, left) as bar:
+        for number, share in shares.items():
             failed: list[Rejected] = []
-            samples = _kept(islice(results, size), manifest, failed, bar)
-            shard = shards.write(out / f"{number:05d}.tar", samples)
-            lost = dict.fromkeys([*manifest.failed, *((r.file, r.reason) for r in failed)])
-            manifest = replace(manifest, shards=(*manifest.shards, shard), failed=tuple(lost))
+            samples = _kept(islice(results, len(share)), manifest, failed, bar)
+            shard = shards.write(out / _name(number), samples)
+            manifest = manifest.with_shard(number, shard, ((r.file, r.reason) for r in failed))
             manifest.save(out)
     report(out, selection, manifest)
     if not manifest.clips:
@@ -178,6 +184,16 @@ def run(selection: Selection, tools: Tools, out: Path, fresh: Manifest, *, crew:
     manifest = replace(manifest, complete=True)
     manifest.save(out)
     return manifest
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.tar"
+
+
+def _there(out: Path, manifest: Manifest, number: int) -> bool:
+    """Is a shard finished, and still as long as it was?"""
+    path = out / _name(number)
+    return number < len(manifest.shards) and path.exists() and path.stat().st_size == manifest.shards[number].bytes
 
 
 def _begun(out: Path, fresh: Manifest) -> Manifest:
@@ -219,8 +235,8 @@ def _kept(
             yield result
 
 
-def _bar(total: int, done: int) -> tqdm[Any]:
-    return tqdm(total=total, initial=done, desc="clips", unit="clip", disable=not sys.stderr.isatty())
+def _bar(total: int, left: int) -> tqdm[Any]:
+    return tqdm(total=total, initial=total - left, desc="clips", unit="clip", disable=not sys.stderr.isatty())
 
 
 def report(out: Path, selection: Selection, manifest: Manifest) -> list[Rejected]:

@@ -90,10 +90,11 @@ class Film:
 def listed(folder: Path) -> tuple[list[Video], list[Rejected]]:
     """The videos in `folder` and below it, by name, each with the caption in the .txt beside it; and what has none.
     Files that are neither video nor .txt are left alone, and so is what is hidden."""
-    names = sorted(_files(folder))
+    every = sorted(_files(folder))
+    names = [name for name in every if _speakable(name)]
     videos = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     found: list[Video] = []
-    rejected: list[Rejected] = []
+    rejected = [Rejected(file=ascii(name), reason="its name is not UTF-8") for name in every if not _speakable(name)]
     for name in videos:
         try:
             found.append(Video(path=folder / name, name=name, caption=_caption_beside(folder / name)))
@@ -110,6 +111,11 @@ def _files(folder: Path) -> Iterator[str]:
     for place, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
         yield from ((Path(place) / name).relative_to(folder).as_posix() for name in names if not name.startswith("."))
+
+
+def _speakable(name: str) -> bool:
+    """Names that are not UTF-8 come from the system with surrogates in them, which no file can be written of."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _caption_beside(path: Path) -> str:

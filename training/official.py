@@ -163,10 +163,10 @@ def _shape(path: Path) -> tuple[int, ...]:
     """Rows, and the shape of one."""
     with _environment(path).begin() as reading:
         text = reading.get(b"latents_shape")
-    try:
-        return tuple(map(int, bytes(text).decode().split()))
-    except (TypeError, ValueError):
-        raise DataError(f"expected the shape of its rows under latents_shape in {path}, found {text!r}") from None
+    words = [] if text is None else bytes(text).decode(errors="replace").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise DataError(f"expected the shape of its rows under latents_shape in {path}, found {text!r}")
+    return tuple(map(int, words))
 
 
 def _environment(path: Path) -> Environment:

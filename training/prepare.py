@@ -8,7 +8,7 @@ bytes."""
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -89,7 +89,8 @@ def _verify(out: Path) -> None:
 
     data = Shards(out, seed=0)
     data.verify()
-    print(f"{out}: {len(data)} clips in {len(data.manifest.shards)} shards, every byte as it was written")
+    shards = _count(len(data.manifest.shards), "shard")
+    print(f"{out}: {_count(len(data), 'clip')} in {shards}, every byte as it was written")
 
 
 def _prepare(asked: Arguments) -> None:
@@ -120,7 +121,7 @@ def _selected(asked: Arguments) -> tuple[Selection, ModelTools]:
     folder = students.find(asked.model)
     config = ModelConfig.load(folder / students.CONFIG)
     videos, rejected = footage.tabled(asked.csv, asked.videos) if asked.csv else footage.listed(asked.videos)
-    settings = selection.Settings(**{name: getattr(asked, name) for name in selection.Settings.__dataclass_fields__})
+    settings = selection.Settings(**{field.name: getattr(asked, field.name) for field in fields(selection.Settings)})
     found = selection.select(videos, rejected, config, settings)
     return found, ModelTools(folder, found.model.text, asked.device)
 
@@ -129,8 +130,9 @@ def _found(selection: Selection) -> list[str]:
     """What can be used, what cannot, and which words mean nothing to the model."""
     cut, refused = selection.cut, selection.rejected
     lines = [
-        f"{len(selection.sources)} videos, {selection.clips} clips of {selection.frames} latent frames = {cut.frames} "
-        f"frames of {cut.size[1]} x {cut.size[0]} pixels at {cut.fps:g} fps; {len(refused)} files rejected"
+        f"{_count(len(selection.sources), 'video')}, {_count(selection.clips, 'clip')} of {selection.frames} latent "
+        f"frames = {cut.frames} frames of {cut.size[1]} x {cut.size[0]} pixels at {cut.fps:g} fps; "
+        f"{_count(len(refused), 'file')} rejected"
     ]
     lines += [f"  {rejected.file}: {rejected.reason}" for rejected in refused[:NAMED]]
     if len(refused) > NAMED:
@@ -147,10 +149,14 @@ def _found(selection: Selection) -> list[str]:
 
 def _made(manifest: Manifest, out: Path) -> list[str]:
     size = sum(shard.bytes for shard in manifest.shards) / 2**20
-    lines = [f"{out}: {manifest.clips} clips in {len(manifest.shards)} shards, {size:.1f} MiB"]
+    lines = [f"{out}: {_count(manifest.clips, 'clip')} in {_count(len(manifest.shards), 'shard')}, {size:.1f} MiB"]
     if manifest.failed:
-        lines.append(f"  {len(manifest.failed)} times a clip could not be made; rejected.csv says why")
+        lines.append(f"  {_count(len(manifest.failed), 'clip')} could not be made; rejected.csv says why")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 if __name__ == "__main__":

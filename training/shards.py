@@ -17,7 +17,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,11 @@ class Manifest:
         """[L] rows or [L, D] embeddings."""
         text = self.model.text
         return (text.length,) if text.kind == "table" else (text.length, text.width)
+
+    def with_shard(self, number: int, shard: Shard, failed: Iterable[tuple[str, str]]) -> Manifest:
+        """The same with one more shard, or with another in its place, and what it cost."""
+        known = dict.fromkeys([*self.failed, *failed])
+        return replace(self, shards=(*self.shards[:number], shard, *self.shards[number + 1 :]), failed=tuple(known))
 
     def save(self, folder: Path) -> None:
         content = asdict(self) | {
@@ -265,7 +270,7 @@ class Shards:
         if changed:
             raise DataError(
                 f"{len(changed)} of {len(self.manifest.shards)} shards in {self.folder} are damaged: "
-                f"{', '.join(changed[:SHOWN])}; delete {MANIFEST} and run their `prepare` command again"
+                f"{', '.join(changed[:SHOWN])}; delete those and run their `prepare` command again"
             )
 
     def _prompts(self, clips: Sequence[int]) -> Prompts:

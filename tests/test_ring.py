@@ -25,6 +25,7 @@ def config_of(g: Geometry) -> ModelConfig:
 
 
 CONFIG = config_of(Geometry(unit=2, window=4, sinks=1))
+LONG = config_of(Geometry(unit=2, window=8))
 N, H, D = CONFIG.frame_tokens, CONFIG.heads, CONFIG.head_dim
 
 geometries = st.integers(1, 3).flatmap(
@@ -149,6 +150,43 @@ def test_later_units_do_not_disturb_an_earlier_graph():
     loss.backward()
     assert (keys.k**2).sum().item() == before
     assert torch.equal(own.grad, 2 * own)
+
+
+def test_units_share_the_copies_of_their_past():
+    """A rollout with gradients keeps each frame of its past once, however many units see it."""
+    ring, kept, opened = RingCache(LONG, BATCH), set(), []
+    for unit in range(LONG.window // LONG.unit):
+        memories, _ = ring.open(unit)
+        kept |= {x.untyped_storage().data_ptr() for memory in memories for x in (*memory.past_k, *memory.past_v)}
+        opened.append(memories)  # a storage that is freed could come back under the same address
+        with torch.no_grad():
+            read_pass(ring, unit, clean=True)
+        ring.commit(unit)
+    assert len(kept) == 2 * LAYERS * (LONG.window - LONG.unit)
+
+
+@pytest.mark.parametrize("how", ["again", "written", "restored"])
+def test_a_copy_does_not_outlive_what_it_copies(how):
+    """A unit that is committed again, written or restored is seen as it is now."""
+    ring = RingCache(LONG, BATCH)
+    for unit in range(2):
+        with torch.no_grad():
+            read_pass(ring, unit, clean=True)
+        ring.commit(unit)
+    before = ring.open(2)[0][0].extend(content(range(4, 6), 0), content(range(4, 6), 0)).k.clone()
+    other = content(range(2), 0) + 5
+    with torch.no_grad():
+        if how == "again":
+            for memory in ring.open(0)[0]:
+                memory.extend(other, other)
+            ring.commit(0)
+        elif how == "written":
+            ring.write(0, 0, other, other)
+        else:
+            ring.load_state({**ring.state(), "k": [k + 5 for k in ring.k]})
+    after = ring.open(2)[0][0].extend(content(range(4, 6), 0), content(range(4, 6), 0)).k
+    assert not torch.equal(after, before)
+    assert torch.equal(after[:, : 2 * N], before[:, : 2 * N] + 5)
 
 
 # ---------------------------------------------------------------------- order, rewinding, snapshots

@@ -61,6 +61,8 @@ class RingCache:
         """The clean frame that each slot holds."""
         self.next_frame = 0
         """The first frame that is not committed yet."""
+        self._copies: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
+        """k and v of each layer, for the frames that the last pass with gradients has seen."""
 
     def __repr__(self) -> str:
         shape = tuple(self.k[0].shape)
@@ -73,8 +75,9 @@ class RingCache:
 
         Without gradients, memories write the unit into its slots and read the ring in place. In grad mode they hold a
         copy of the past and append the unit functionally: writing a slot would break autograd for every view of the
-        ring, and a recomputed block (checkpointing) must find the past as it was. Either way the past is a constant:
-        gradients flow through the unit's own tokens only.
+        ring, and a recomputed block (checkpointing) must find the past as it was. Units share the copies of a frame:
+        the past of a whole rollout is kept once, not once for every unit. Either way the past is a constant: gradients
+        flow through the unit's own tokens only.
 
         A unit that is opened again (a prompt change) sees the part of its visible frames that is still held.
         Raises EngineError when the units before it have not been committed, or its slots belong to later ones.
@@ -84,13 +87,17 @@ class RingCache:
         seen = [frame for frame in self._visible(unit) if frame in own or self._holds(frame)]
         if torch.is_grad_enabled():
             seen = [frame for frame in seen if frame not in own]
-            spans = self._spans(seen)
-            memories: list[Memory] = [_Copied(_copy(k, spans), _copy(v, spans)) for k, v in self._layers()]
+            self._copies = {frame: self._copies.get(frame) or self._copied(frame) for frame in seen}
+            past = [self._copies[frame] for frame in seen]
+            memories: list[Memory] = [
+                _Copied([k[layer] for k, _ in past], [v[layer] for _, v in past]) for layer in range(len(self.k))
+            ]
         else:
             slots, ranges = self._spans(own), self._spans(seen)
             memories = [_InPlace(k, v, slots, ranges) for k, v in self._layers()]
             for frame in own:
                 self.frames[self.geometry.slot(frame)] = EMPTY
+                self._copies.pop(frame, None)
         return memories, self.frame_tokens * sum(frame < self.geometry.sinks for frame in seen)
 
     def commit(self, unit: int) -> None:
@@ -111,6 +118,7 @@ class RingCache:
         """Puts whole frames, k and v [B, n N, H, D], into the slots from `frame` on. `hold` makes them count."""
         count = k.shape[1] // self.frame_tokens
         spans = self._spans(range(frame, frame + count))
+        self._copies.clear()
         _InPlace(self.k[layer], self.v[layer], spans, ()).extend(k, v)
 
     def read(self, layer: int, frame: int) -> tuple[Tensor, Tensor]:
@@ -157,6 +165,7 @@ class RingCache:
             raise ConfigError(f"expected keys and values of {expected}, got {got}: the state is another model's")
         for tensor, saved in zip(mine, theirs, strict=True):
             tensor.copy_(saved)
+        self._copies.clear()
         self.frames = list(state["frames"])
         self.next_frame = state["next_frame"]
 
@@ -164,6 +173,11 @@ class RingCache:
 
     def _layers(self) -> Iterable[tuple[Tensor, Tensor]]:
         return zip(self.k, self.v, strict=True)
+
+    def _copied(self, frame: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """k and v of each layer, as constants."""
+        spans = self._spans([frame])
+        return [_copy(k.detach(), spans) for k in self.k], [_copy(v.detach(), spans) for v in self.v]
 
     def _own(self, unit: int) -> range:
         return range(unit * self.geometry.unit, (unit + 1) * self.geometry.unit)
@@ -215,13 +229,13 @@ class _InPlace(NamedTuple):
 
 
 class _Copied(NamedTuple):
-    """Appends the unit to a constant copy of its past; pure, so that a block can be run again."""
+    """Appends the unit to constant copies of the frames in its past; pure, so that a block can be run again."""
 
-    past_k: Tensor
-    past_v: Tensor
+    past_k: Sequence[Tensor]
+    past_v: Sequence[Tensor]
 
     def extend(self, k: Tensor, v: Tensor) -> Keys:
-        return Keys(torch.cat([self.past_k, k], dim=1), torch.cat([self.past_v, v], dim=1), None)
+        return Keys(torch.cat([*self.past_k, k], dim=1), torch.cat([*self.past_v, v], dim=1), None)
 
 
 def _copy(x: Tensor, spans: Sequence[Span]) -> Tensor:

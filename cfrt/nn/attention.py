@@ -8,7 +8,7 @@ Shapes: B batch, N queries, M keys, H heads, D numbers a head.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,34 @@ def attention(
     if backend not in BACKENDS:
         raise EngineError(f"expected an attention backend out of {', '.join(BACKENDS)}; got {backend!r}")
     return BACKENDS[backend](q, k, v, mask, ranges, q_sink, sink_tokens)
+
+
+class Part(NamedTuple):
+    """Queries that see the same keys, and which: a row of a block mask as ranges."""
+
+    queries: Span
+    keys: tuple[Span, ...]
+    """In the order in which they are read, sinks first."""
+    sink_tokens: int = 0
+    """How many of the keys read are looked at from the second position."""
+
+
+def attention_by_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Sequence[Part],
+    *,
+    q_sink: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """`attention` under a block mask without the mask: one call for each part, over the keys that it sees. The parts
+    cover the queries in order. What a mask would hide is not computed; the ranges of a part are copied together."""
+    answers = []
+    for (start, stop), keys, sinks in parts:
+        far = q_sink[:, start:stop] if q_sink is not None and sinks else None
+        answers.append(attention(q[:, start:stop], k, v, ranges=keys, q_sink=far, sink_tokens=sinks, backend=backend))
+    return torch.cat(answers, dim=1)
 
 
 def _read(x: Tensor, ranges: Sequence[Span] | None) -> Tensor:

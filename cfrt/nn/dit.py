@@ -10,7 +10,7 @@ Shapes: B batch, T latent frames, F of a unit, N tokens a frame, d width, H head
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..blocks import Geometry, to_tokens
+from ..blocks import Geometry, Span, to_tokens
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..flow import time_frequencies
 from ..weights import match
+from .attention import Part
 from .constants import kept
 from .layers import Block, Head, Pass
 from .ring import Memory, RingCache
@@ -30,6 +31,10 @@ from .rope import phases
 
 TextKV = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of the text for each layer: k, v [B, C, L, H, D]."""
+
+
+RANGE_TOKENS = 64
+"""Tokens a unit from which on teacher forcing by ranges beats the dense mask."""
 
 
 class CausalDiT(nn.Module):
@@ -134,21 +139,29 @@ class CausalDiT(nn.Module):
         caption: Tensor | None = None,
         *,
         clean_t: float = 0.0,
+        layout: Literal["mask", "ranges", "auto"] = "auto",
         backend: str = "sdpa",
     ) -> Tensor:
         """v [B, T, C, h, w] of the noisy clip, every unit given the clean past: one forward over [clean | noisy].
 
         clean, noisy [B, T, C, h, w]; t [B, T] of the noisy frames; caption [B, T] or None, shared by both halves, as
-        are the positions. arXiv:2602.02214, section 3. The mask is dense, [2 T N, 2 T N]: meant for small grids.
+        are the positions. arXiv:2602.02214, section 3.
+
+        layout: "mask" computes all [2 T N, 2 T N] pairs of tokens and hides three quarters of them; "ranges" computes
+            what is seen, a unit at a time; "auto" takes the ranges from RANGE_TOKENS tokens a unit on.
         """
-        frames = clean.shape[1]
+        frames, n = clean.shape[1], self.config.frame_tokens
         positions = tuple(range(frames)) * 2
         sinks = min(self.config.sinks, frames)
+        if layout == "auto":
+            layout = "ranges" if self.config.unit * n >= RANGE_TOKENS else "mask"
+        shape = (self.config.geometry, frames, n)
         p = Pass(
             turn=self._turn(positions, clean.device),
             sink_turn=self._sink_turn(positions, sinks, clean.device),
-            sink_tokens=sinks * self.config.frame_tokens,
-            mask=_teacher_forcing_mask(self.config.geometry, frames, self.config.frame_tokens, clean.device),
+            sink_tokens=sinks * n,
+            mask=_teacher_forcing_mask(*shape, clean.device) if layout == "mask" else None,
+            parts=teacher_forcing_parts(*shape) if layout == "ranges" else None,
             text_mask=self._text_mask(text_kv, None if caption is None else torch.cat([caption, caption], dim=1)),
             answering=frames,
             backend=backend,
@@ -270,6 +283,31 @@ class CausalDiT(nn.Module):
             raise ConfigError(f"expected `caption` [B, T] to say which of the {captions} captions each frame reads")
         mine = caption[..., None] == torch.arange(captions, device=caption.device)
         return mine.repeat_interleave(self.config.frame_tokens, 1).repeat_interleave(rows, 2)
+
+
+def teacher_forcing_parts(geometry: Geometry, frames: int, frame_tokens: int) -> tuple[Part, ...]:
+    """`Geometry.teacher_forcing_mask` as ranges of tokens over [clean | noisy]: a clean unit reads what it sees, a
+    noisy one what it sees of earlier units and then itself."""
+    f, clean, noisy = geometry.unit, [], []
+    for unit in range(-(-frames // f)):
+        own, end = unit * f, min((unit + 1) * f, frames)
+        seen = [(start, min(stop, end)) for start, stop in geometry.visible_frames(unit) if start < end]
+        past = [(start, min(stop, own)) for start, stop in seen if start < own]
+        clean.append(((own, end), seen))
+        noisy.append(((frames + own, frames + end), [*past, (frames + own, frames + end)]))
+    return tuple(_part(queries, keys, min(geometry.sinks, frames), frame_tokens) for queries, keys in (*clean, *noisy))
+
+
+def _part(queries: Span, keys: Sequence[Span], sinks: int, frame_tokens: int) -> Part:
+    """From spans of frames to spans of tokens, neighbours joined; sinks are the keys of frames below `sinks`."""
+    joined: list[Span] = []
+    for start, stop in keys:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    far = sum(max(0, min(stop, sinks) - start) for start, stop in joined)
+    tokens = tuple((start * frame_tokens, stop * frame_tokens) for start, stop in joined)
+    return Part((queries[0] * frame_tokens, queries[1] * frame_tokens), tokens, far * frame_tokens)
 
 
 @kept(8)

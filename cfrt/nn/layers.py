@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .attention import attention
+from .attention import Part, attention, attention_by_parts
 from .norms import RMSNorm
 from .ring import Memory
 from .rope import rotate
@@ -31,6 +31,8 @@ class Pass:
     sink_tokens: int = 0
     mask: Tensor | None = None
     """Who sees whom among tokens, bool [T N, T N]."""
+    parts: Sequence[Part] | None = None
+    """The same as ranges of queries and keys, in place of `mask`."""
     text_mask: Tensor | None = None
     """Which captions' rows each token reads, bool [B, T N, C L]."""
     answering: int = 0
@@ -57,14 +59,19 @@ class SelfAttention(nn.Module):
         x = x[:, answering:]
         skip = answering * x.shape[2]
         q = self.split(self.norm_q(self.q(x)))  # [B, T' N, H, D]
+        q_sink = None if p.sink_turn is None else rotate(q, p.sink_turn[skip:])
+        q = rotate(q, p.turn[skip:])
+        if p.parts is not None:
+            y = attention_by_parts(q, k, v, _from(skip, p.parts), q_sink=q_sink, backend=p.backend)
+            return self.o(y.reshape(x.shape))
         k, v, ranges = (k, v, None) if memory is None else memory.extend(k, v)
         y = attention(
-            rotate(q, p.turn[skip:]),
+            q,
             k,
             v,
             mask=None if p.mask is None else p.mask[skip:],
             ranges=ranges,
-            q_sink=None if p.sink_turn is None else rotate(q, p.sink_turn[skip:]),
+            q_sink=q_sink,
             sink_tokens=p.sink_tokens,
             backend=p.backend,
         )
@@ -73,6 +80,11 @@ class SelfAttention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         """[B, T, N, d] -> [B, T N, H, D]."""
         return x.view(x.shape[0], -1, self.heads, x.shape[-1] // self.heads)
+
+
+def _from(skip: int, parts: Sequence[Part]) -> list[Part]:
+    """The parts of the queries from token `skip` on, counted from there."""
+    return [Part((start - skip, stop - skip), keys, sinks) for (start, stop), keys, sinks in parts if start >= skip]
 
 
 class CrossAttention(nn.Module):

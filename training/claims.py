@@ -48,6 +48,9 @@ What the columns are (design: every one read by `training.reader`):
 * **flow map**: variance of one jump from pure noise over that of its own teacher's end points, on the first unit; 1 is
   right, less is a mean over what the student can't see (arXiv:2602.02214, proposition 3.3).
 
+The bidirectional teacher follows fewer prompts than the AR teacher (first rows below), so part of what SF ODE lacks in
+instruction it has inherited. The flow map is free of that: it compares each student with its own teacher.
+
 Render residual and distance stand where the papers have VisionReward, which is a network's opinion and can't be run on
 this world. Intervals are 95 %: over clips for one row, over clips and seeds (whichever is wider) for a mean of rows."""
 
@@ -74,6 +77,8 @@ def write(results: Path, page: Path) -> None:
             grid(rows),
         ]
         parts += ["## Cost", cost(rows), "## Every row", "\n".join(f"* {line(row)}" for row in rows)]
+        if (results / "reproduce.png").exists():
+            parts += ["## Side by side", sheet(rows, results / "reproduce.png", page)]
     if (results / "proof.json").exists():
         from training import proof
 
@@ -261,6 +266,16 @@ def grid(rows: Sequence[Row]) -> str:
                 cells.append(f"{pair[0]:.0f} / {pair[1]:.0f}" if pair else "not run")
             lines.append(f"| {title}{' + DMD' if after else ''} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def sheet(rows: Sequence[Row], picture: Path, page: Path) -> str:
+    """The first run's contact sheet, and which line is what."""
+    order = [f"{TITLES[row['init']]}{' + DMD' if row['dmd'] else ''}" for row in sorted(rows, key=lambda r: r["dmd"])]
+    lines = ", ".join(dict.fromkeys(order))
+    return (
+        f"Two prompts, time to the right, a latent frame (a quarter of a second) between pictures. For each prompt from "
+        f"the top: {lines}.\n\n![{lines}]({picture.relative_to(page.parent)})"
+    )
 
 
 def cost(rows: Sequence[Row]) -> str:

@@ -15,9 +15,19 @@ from training.worlds import UNIT_FRAMES
 def sheet(video: Tensor, path: Path, every: int = UNIT_FRAMES) -> None:
     """Write [B, T, 3, H, W] in [0, 1] as one PNG, a frame in `every`."""
     rows = video[:, ::every].clamp(0, 1).mul(255).round().to(torch.uint8)
-    picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [B H, T W, 3]
+    write(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2), path)  # [B H, T W, 3]
+
+
+def write(picture: Tensor, path: Path) -> None:
+    """Write [H, W, 3] uint8 as a PNG."""
     frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt, codec.time_base = frame.width, frame.height, "rgb24", Fraction(1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))
+
+
+def read(path: Path) -> Tensor:
+    """[H, W, 3] uint8 of a picture."""
+    with av.open(str(path)) as container:
+        return torch.from_numpy(next(container.decode(video=0)).to_ndarray(format="rgb24"))

@@ -28,7 +28,7 @@ import torch
 import tyro
 
 from cfrt.errors import CfrtError
-from training import claims, recipes
+from training import claims, preview, recipes, worlds
 from training.laboratory import INITS, SMOKE, Cell, Config, Init, Laboratory, Row
 
 
@@ -76,6 +76,15 @@ def keep(path: Path, row: Row) -> None:
     path.write_text(json.dumps(order, indent=1) + "\n")
 
 
+def side_by_side(folder: Path, cells: Sequence[Cell], path: Path, clips: int = 2) -> None:
+    """The same prompts, one line per cell, from the sheets that the evaluation drew; nothing where one is missing."""
+    sheets = [folder / cell.name / "start.png" for cell in cells]
+    if all(sheet.exists() for sheet in sheets):
+        pictures = [preview.read(sheet) for sheet in sheets]
+        lines = [p[clip * worlds.SIDE : (clip + 1) * worlds.SIDE] for clip in range(clips) for p in pictures]
+        preview.write(torch.cat(lines), path)
+
+
 def run(arguments: Arguments) -> None:
     out = arguments.out
     recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
@@ -91,6 +100,9 @@ def run(arguments: Arguments) -> None:
             row = laboratory.row(cell)
             keep(results / "reproduce.json", row)
             print(claims.line(row), flush=True)
+        first = [cell for cell in todo if cell.seed == arguments.seeds[0]]
+        first.sort(key=lambda cell: cell.dmd)
+        side_by_side(out, first, results / "reproduce.png")
     claims.write(results, page)
 
 

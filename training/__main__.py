@@ -9,10 +9,14 @@ import sys
 
 COMMANDS = {
     "tiny": ("training.run", "train the embedded student from nothing, on a procedural world"),
+    "wan-1.3b-framewise": ("training.wan_run", "one stage of Causal Forcing++ at full size, on GPUs"),
+    "wan-1.3b-chunkwise": ("training.wan_run", "the same for Causal Forcing, three latent frames a unit"),
     "reproduce": ("training.reproduce", "the paper's table, with exact ground truth"),
     "prepare": ("training.prepare", "turn your own videos into shards of latents"),
     "evaluate": ("training.vbench", "play prompts through any model, in VBench's layout, and measure what can be"),
 }
+RECIPES = ("tiny", "wan-1.3b-framewise", "wan-1.3b-chunkwise")
+"""Commands that are told their name."""
 
 
 def usage() -> str:
@@ -28,7 +32,7 @@ def main() -> None:
         return
     if command not in COMMANDS:
         raise SystemExit(f"training: expected a command, got {command!r}\n\n{usage()}")
-    importlib.import_module(COMMANDS[command][0]).main([command, *arguments] if command == "tiny" else arguments)
+    importlib.import_module(COMMANDS[command][0]).main([command, *arguments] if command in RECIPES else arguments)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
         stage, average = build(recipe, out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(getattr(recipe, name)), indent=2) + "\n")
-        loop.run(stage, folder, seed=recipe.seed, average=average, after=_previewer(recipe, out, name, average))
+        after = _previewer(recipe, out, name, average)
+        loop.run(stage, folder, seed=recipe.seed, average=average, after=after, config=recipe.run)
 
 
 def finished(folder: Path) -> bool:

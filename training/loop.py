@@ -250,7 +250,6 @@ def place(stage: Stage, average: Average, config: Config) -> None:
                 module.checkpointing = config.checkpointing
     for network in stage.frozen.values():
         parallel.place(network, where, config.precision, constant=network is not average.into)
-    _ = average.weights  # from here on it is kept
 
 
 def run(
@@ -270,7 +269,7 @@ def run(
     parallel.share(config.micros)  # refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     place(stage, average, config)
-    optimisers = stage.optimisers()
+    optimisers, _ = stage.optimisers(), average.weights  # both of what was placed
     saved = checkpoint.latest(folder / "checkpoints")
     start, spent = checkpoint.restore(saved, stage, optimisers, average) if saved else (0, 0.0)
     began, written, recent = time.monotonic() - spent, time.monotonic(), list[Stats]()

@@ -18,17 +18,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.errors import ConfigError
-from training import rollout
+from training import parallel, rollout
 from training.data import Batch, DataSet, Prompts
 from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update, step_generator, write_tensors
 from training.network import Network, Velocity, broadcast, guided, noise_like, unit_weights
@@ -45,6 +45,10 @@ class Config:
     guidance: float = 4.0
     levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     """u of the stored states, before the shift warp; each must lie on the Euler grid."""
+    piece: int = 64
+    """Clips made at a time, and kept in one file."""
+    half: bool = False
+    """Keep them in fp16, as the official rows are."""
     steps: int = 1000
     batch: int = 16
     lr: float = 5e-4
@@ -90,6 +94,14 @@ class Pairs(Prompts):
     def cat(parts: Sequence[Pairs]) -> Pairs:
         """One after the other; all have the same unconditional prompt."""
         return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0]._of_clips})
+
+
+class Trajectories(Protocol):
+    """Pairs in memory or in files."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, clips: Tensor, /) -> Pairs: ...
 
 
 def causal_pairs(
@@ -156,24 +168,48 @@ def _pairs(track: Tensor, prompts: Prompts, clean: Tensor) -> Pairs:
 
 
 Maker = Callable[[Batch, torch.Generator], Pairs]
-PIECE = 64  # clips made at a time, and kept in one file
 
 
 def write(folder: Path, config: Config, clips: DataSet, make: Maker, seed: int) -> None:
-    """Make and keep all trajectories, a file for every PIECE clips; files that are there already stay."""
+    """Make and keep all trajectories, a piece in a file; files that are there already stay. Processes take turns."""
     folder.mkdir(parents=True, exist_ok=True)
-    for piece in tqdm(range(-(-config.pairs // PIECE)), desc="pairs", unit="piece", disable=None):
-        path = folder / f"{piece:04d}.safetensors"
+    own = list(enumerate(_files(folder, config)))[parallel.rank() :: parallel.count()]
+    for piece, path in tqdm(own, desc="pairs", unit="piece", disable=None):
         if not path.exists():
-            size = min(PIECE, config.pairs - piece * PIECE)
-            pairs = make(clips.batch(piece, PIECE), step_generator(seed, piece))
-            write_tensors(path, pairs[torch.arange(size)].tensors())
+            pairs = make(clips.batch(piece, config.piece), step_generator(seed, piece))
+            tensors = pairs[torch.arange(min(config.piece, config.pairs - piece * config.piece))].tensors()
+            floats = {name for name, x in tensors.items() if x.is_floating_point() and config.half}
+            write_tensors(path, {name: x.half() if name in floats else x for name, x in tensors.items()})
+
+
+def _files(folder: Path, config: Config) -> list[Path]:
+    return [folder / f"{piece:04d}.safetensors" for piece in range(-(-config.pairs // config.piece))]
+
+
+class Stored:
+    """The trajectories that `write` left, read when they are asked for. ConfigError when some are missing."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.files, self.config = _files(folder, config), config
+        missing = [path.name for path in self.files if not path.exists()]
+        if missing:
+            raise ConfigError(f"expected {len(self.files)} pieces of pairs in {folder}, {len(missing)} are missing")
+
+    def __len__(self) -> int:
+        return self.config.pairs
+
+    def __getitem__(self, clips: Tensor) -> Pairs:
+        return Pairs.cat([self._one(*divmod(clip, self.config.piece)) for clip in clips.tolist()])
+
+    def _one(self, piece: int, row: int) -> Pairs:
+        with safe_open(self.files[piece], "pt") as file:
+            found = {n: file.get_tensor(n) if n == "null" else file.get_slice(n)[row : row + 1] for n in file.keys()}  # noqa: SIM118
+        return Pairs(**{name: x.float() if x.is_floating_point() else x for name, x in found.items()})
 
 
 def read(folder: Path, config: Config) -> Pairs:
-    """The trajectories that `write` left."""
-    pieces = [load_file(folder / f"{piece:04d}.safetensors") for piece in range(-(-config.pairs // PIECE))]
-    return Pairs.cat([Pairs(**piece) for piece in pieces])
+    """All of them, in memory."""
+    return Stored(folder, config)[torch.arange(config.pairs)]
 
 
 # --------------------------------------------------------------------------------------------------------- regression
@@ -184,7 +220,7 @@ class Stage:
 
     name = "ode"
 
-    def __init__(self, config: Config, model: ModelConfig, pairs: Pairs, start: Network) -> None:
+    def __init__(self, config: Config, model: ModelConfig, pairs: Trajectories, start: Network) -> None:
         self.config, self.model, self.pairs, self.steps = config, model, pairs, config.steps
         self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()

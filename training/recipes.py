@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cfrt.config import PRESETS, ModelConfig, TextConfig
-from training import autoencoder, bidirectional, captions, cd, data, dmd, evaluate, teacher
+from training import autoencoder, bidirectional, captions, cd, data, dmd, evaluate, loop, teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Recipe:
     cd: cd.Config = field(default_factory=cd.Config)
     dmd: dmd.Config = field(default_factory=dmd.Config)
     evaluate: evaluate.Config = field(default_factory=evaluate.Config)
+    run: loop.Config = field(default_factory=loop.Config)
 
 
 def tiny() -> Recipe:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +35,11 @@ class Arguments:
     threads: int | None = None
     """Threads of torch; default: all cores."""
     dry_run: bool = False
-    """Print the resolved recipe and stop."""
+    """Print the resolved plan and stop: steps, clips, memory, FLOP and predicted time of every stage."""
+    json: bool = False
+    """The plan as JSON, with every field of the recipe."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where statistics go beside stats.jsonl."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -45,14 +48,17 @@ def main(words: Sequence[str]) -> None:
     import torch  # after the command line, so that --help is quick
 
     from cfrt.errors import CfrtError
-    from training import chain, recipes
+    from training import chain, plan, recipes
 
     recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
-    if arguments.dry_run:
-        print(json.dumps(asdict(recipe), indent=2))
-        return
+    recipe = replace(recipe, run=replace(recipe.run, log=arguments.log))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.dry_run:
+        speed = plan.measured(recipe.model, recipe.data.units)
+        planned = plan.of_recipe(recipe, speed)
+        print((plan.as_json if arguments.json else plan.page)(recipe.name, planned, speed, asdict(recipe)))
+        return
     out = arguments.out or Path("runs") / recipe.name
     try:
         if arguments.adopt:

@@ -273,7 +273,7 @@ def sheet(rows: Sequence[Row], picture: Path, page: Path) -> str:
     order = [f"{TITLES[row['init']]}{' + DMD' if row['dmd'] else ''}" for row in sorted(rows, key=lambda r: r["dmd"])]
     lines = ", ".join(dict.fromkeys(order))
     return (
-        f"Two prompts, time to the right, a latent frame (a quarter of a second) between pictures. For each prompt from "
+        f"Two prompts; time to the right, a quarter of a second (one latent frame) between pictures. For each prompt from "
         f"the top: {lines}.\n\n![{lines}]({picture.relative_to(page.parent)})"
     )
 

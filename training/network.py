@@ -14,7 +14,6 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.text import TextTable
-from training import captions
 from training.data import Batch
 
 Velocity = Callable[[Tensor, Tensor, Batch], Tensor]  # (x, s, batch) -> v
@@ -24,7 +23,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dit = CausalDiT(config)
-        self.text = TextTable(config.text, captions.ROWS) if config.text.kind == "table" else nn.Identity()
+        self.text = TextTable(config.text, 1 + max(config.text.vocab.values(), default=0)) if config.text.kind == "table" else nn.Identity()
 
     @property
     def device(self) -> torch.device:

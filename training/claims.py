@@ -273,8 +273,8 @@ def sheet(rows: Sequence[Row], picture: Path, page: Path) -> str:
     order = [f"{TITLES[row['init']]}{' + DMD' if row['dmd'] else ''}" for row in sorted(rows, key=lambda r: r["dmd"])]
     lines = ", ".join(dict.fromkeys(order))
     return (
-        f"Two prompts; time to the right, a quarter of a second (one latent frame) between pictures. For each prompt from "
-        f"the top: {lines}.\n\n![{lines}]({picture.relative_to(page.parent)})"
+        f"Two prompts; time to the right, a quarter of a second (one latent frame) between pictures. For each prompt, "
+        f"from the top: {lines}.\n\n![{lines}]({picture.relative_to(page.parent)})"
     )
 
 

@@ -23,7 +23,8 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dit = CausalDiT(config)
-        self.text = TextTable(config.text, 1 + max(config.text.vocab.values(), default=0)) if config.text.kind == "table" else nn.Identity()
+        rows = 1 + max(config.text.vocab.values(), default=0)
+        self.text = TextTable(config.text, rows) if config.text.kind == "table" else nn.Identity()
 
     @property
     def device(self) -> torch.device:

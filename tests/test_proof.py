@@ -80,7 +80,7 @@ def test_predictions() -> None:
     assert proof.predicted(independent, "sf-ode", 0.9375).tolist() == pytest.approx([1] * 4)
     assert proof.predicted(dependent, "causal-ode", 0.9375).tolist() == pytest.approx([1] * 4)
     by_euler = proof.predicted(dependent, "causal-cd", 1.0)
-    gain = gaussian.euler_gain(1.0, 1.0, flow.euler_grid(proof.CD_LEVELS, proof.MODEL.shift))
+    gain = gaussian.euler_gain(1.0, 1.0, flow.euler_grid(proof.CONSISTENCY.levels, proof.MODEL.shift))
     assert by_euler[0].item() == pytest.approx(gain**2)
     assert (by_euler < 0.95).all()  # Euler's steps lose variance: this is not the student's doing
     finer = gaussian.jump_variance(dependent, 1.0, lambda s, q2: gaussian.euler_gain(s, q2, flow.euler_grid(4000, 5.0)))

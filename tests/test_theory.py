@@ -7,6 +7,7 @@ has a known value."""
 from __future__ import annotations
 
 import ast
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cfrt import flow
 from cfrt.errors import ConfigError
-from training import bidirectional, cd, dmd, gaussian, ode, proof, teacher
+from training import bidirectional, ccm, cd, dmd, gaussian, ode, proof, teacher
 from training.data import Batch
 from training.gaussian import Gaussian, Teacher
 from training.loop import Micro
@@ -324,6 +325,18 @@ def test_euler_s_error_is_of_first_order() -> None:
     assert errors[-2] / errors[-1] == pytest.approx(2, rel=0.03)
 
 
+@pytest.mark.parametrize(("steps", "variance"), [(24, 0.808), (48, 0.899), (1000, 0.995)])
+def test_euler_steps_shrink(steps: int, variance: float) -> None:
+    """Var of a unit-variance frame without a past after K Euler steps at shift 5: less than 1, by cfrt.flow's own."""
+    grid, x = flow.euler_grid(steps, 5.0), torch.ones(1, dtype=torch.float64)
+    for s, s_next in pairwise(grid):
+        x = flow.euler(x, gaussian.velocity(x, s, 0.0, 1.0), s, s_next)
+    assert x.square().item() == pytest.approx(variance, abs=6e-4)
+    jumped = gaussian.jump_variance(S, 1.0, lambda s, q2: gaussian.euler_gain(s, q2, grid))
+    assert jumped[0].item() == pytest.approx(x.square().item())
+    assert (jumped[0] < jumped[1:]).all()  # what the past tells needs no steps
+
+
 def cd_stage(rho: float, count: int, gain: Callable[[float, float], float]) -> cd.Stage:
     """Consistency distillation whose student and target jump by `gain(s, q2)` from the AR teacher's mean."""
     covariance = gaussian.covariance(rho, proof.FRAMES)
@@ -354,7 +367,31 @@ def test_consistency_of_the_exact_flow_map_is_of_first_order() -> None:
     assert [a / b for a, b in pairwise(roots)] == pytest.approx([4, 4], rel=0.15)
 
 
-# ---------------------------------------------------------------------- distribution matching (A, section 3.5)
+class FlowMap(Exact):
+    """The student that is the AR teacher's flow map, differentiable in x and s."""
+
+    def teacher_forced(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        state, level = proof.last(x), proof.levels(s)
+        end = self.forced.flow_map(state, level, 0.0, proof.last(batch.latents))
+        return proof.from_last(flow.v_from_x0(state, end, level)).to(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode imports it
+def test_continuous_consistency_holds_for_the_flow_map_alone() -> None:
+    """d/ds G(x_s, s) = 0 along the teacher's ODE, with no step and so no order: the residual that `ccm.Stage` brings to
+    zero is zero for the flow map (to fp32), and not for the teacher itself, whose G is one Euler step."""
+    even = {"guidance": 1.0, "first_weight": 1.0, "early_weight": 1.0}
+    stage = ccm.Stage(ccm.Config(**even, batch=512), MODEL, world(), exact())
+    stage.fade = 1.0
+    residuals = {}
+    for student in (FlowMap(MODEL, S), exact()):
+        stage.student = student
+        residuals[type(student)] = stage.loss(micro(0))[1]["loss"]
+    assert residuals[FlowMap] < 1e-4
+    assert residuals[Exact] > 0.1
+
+
+# ---------------------------------------------------------------------- distribution matching (A, section 3.1)
 
 
 FAKE = Gaussian(torch.tensor([0.3, -0.2, 0.0, 0.5]).double(), 1.8 * gaussian.covariance(0.2, 4))
@@ -468,11 +505,13 @@ LINK = re.compile(r"\[`([\w.]+)`\]\((\.\./[^)#]+\.py)\)")
 
 
 def names(tree: ast.AST, prefix: str = "") -> set[str]:
-    """Functions and classes that a module defines, with Class.method."""
+    """Functions, classes and variables that a module defines, with Class.method."""
     found = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found |= {prefix + node.name, *names(node, f"{prefix}{node.name}.")}
+        elif isinstance(node, ast.Assign):
+            found |= {prefix + target.id for target in node.targets if isinstance(target, ast.Name)}
     return found
 
 
@@ -486,6 +525,20 @@ def test_the_theory_page_links_to_what_exists() -> None:
 
 
 def test_the_theory_page_has_no_other_links_that_break() -> None:
-    page = ROOT / "docs" / "theory.md"
-    local = [target for target in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in target]
-    assert [target for target in local if not (page.parent / target.split("#")[0]).exists()] == []
+    text = (ROOT / "docs" / "theory.md").read_text()
+    local = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    files = [target for target in local if not target.startswith("#")]
+    assert [target for target in files if not (ROOT / "docs" / target).exists()] == []
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert {target[1:] for target in local if target.startswith("#")} <= anchors
+
+
+def test_the_theory_page_s_figure_and_table_are_made_from_the_oracle_and_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`python tools/theory.py` would change nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("theory")
+    assert tool.FIGURE.read_text() == tool.figure()
+    assert tool.table() in tool.PAGE.read_text()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
@@ -58,8 +58,20 @@ MODEL = ModelConfig(
     rope_theta=100.0,
 )
 LEVELS = flow.sigmas(MODEL.steps, MODEL.shift)
-CD_LEVELS = 24
 PAIRS = 16384
+REGRESSION = ode.Config(
+    batch=64, lr=3e-3, betas=(0.9, 0.99), guidance=1.0, first_weight=1.0, early_weight=1.0, levels=MODEL.steps, ema=0.98
+)
+CONSISTENCY = cd.Config(
+    batch=64,
+    lr=3e-3,
+    betas=(0.9, 0.99),
+    guidance=1.0,
+    first_weight=1.0,
+    early_weight=1.0,
+    levels=24,
+    ema=0.9,  # short, since what a level has learnt reaches s = 1 through the averages of all levels below it
+)
 
 START, TRAINING, MEASURING = -1, -2, -3  # what a run's randomness is for, beside its steps 0, 1, ...
 
@@ -153,7 +165,7 @@ def predicted(covariance: Tensor, init: str, s: float) -> Tensor:
     """[n] the variance ratio that theory gives the best student of its kind."""
     of_end = covariance.diagonal()
     if init == "causal-cd":
-        grid = flow.euler_grid(CD_LEVELS, MODEL.shift)
+        grid = flow.euler_grid(CONSISTENCY.levels, MODEL.shift)
         return gaussian.jump_variance(covariance, s, lambda s, q2: gaussian.euler_gain(s, q2, grid)) / of_end
     if init == "sf-ode":
         return 1 - gaussian.regress_bidirectional(covariance, s, past=s).lost / of_end
@@ -201,20 +213,15 @@ def _run(folder: Path, name: str, init: str, seed: int, steps: int, clips: int) 
 
 
 def _stage(world: World, init: str, steps: int) -> tuple[ode.Stage | cd.Stage, loop.Average]:
-    """The stage as everyone trains it, on a world's exact teacher, without guidance and with equal weights."""
+    """The stage as everyone trains it, on a world's exact teacher."""
     loop.step_generator(world.seed, START)
-    same = {"steps": steps, "batch": 64, "lr": 3e-3, "betas": (0.9, 0.99), "guidance": 1.0}
-    even = {"first_weight": 1.0, "early_weight": 1.0}
     if init == "causal-cd":
-        # a short average: what a level has learnt reaches s = 1 through all the levels below it
-        settings = cd.Config(**same, **even, levels=CD_LEVELS, ema=0.9)
-        stage = cd.Stage(settings, MODEL, world, Exact(MODEL, world.covariance))
-        return stage, stage.average
-    past = "noisy" if init == "sf-ode" else "clean"
-    regression = ode.Config(**same, **even, past=past, levels=MODEL.steps)
+        consistency = cd.Stage(replace(CONSISTENCY, steps=steps), MODEL, world, Exact(MODEL, world.covariance))
+        return consistency, consistency.average
     student = Network(MODEL)
     taught = pairs(world, init, PAIRS, loop.step_generator(world.seed, TRAINING))
-    return ode.Stage(regression, MODEL, taught, student), loop.Average(student, 0.98)
+    config = replace(REGRESSION, steps=steps, past="noisy" if init == "sf-ode" else "clean")
+    return ode.Stage(config, MODEL, taught, student), loop.Average(student, config.ema)
 
 
 @torch.no_grad()

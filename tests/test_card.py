@@ -22,7 +22,8 @@ def row(hits: int) -> evaluate.Row:
     some = metrics.mean(torch.arange(50) / hits)
     shares = {line.key: right if line.percent else some for line in table.LINES}
     stretch = {key: right for key, _ in table.DRIFT}
-    return shares | {"drift": [stretch] * 5, "switch_curve": [right] * 24}
+    drift = [stretch | {"seconds": [5 * i, 5 * i + 5]} for i in range(6)]
+    return shares | {"drift": drift, "switch_curve": [right] * 24}
 
 
 @pytest.fixture

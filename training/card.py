@@ -138,7 +138,7 @@ def card(results: Results) -> str:
         USE,
         "## Measured\n\n" + _preface(results) + "\n\n" + main_table(rows, titles, [line.key for line in LINES]),
         "What each line means:\n\n" + "\n".join(f"* *{line.title}*: {line.meaning}." for line in LINES),
-        "## Drift\n\nThe same read on two-second stretches of ten-second clips "
+        f"## Drift\n\nThe same read on stretches of clips of {rows['real']['drift'][-1]['seconds'][1]} seconds "
         f"(n = {results['config']['evaluate']['long']} each; trained on {model['trained_frames']} latent frames, "
         f"{trained_seconds:.1f} s).\n\n" + drift_table(rows, titles),
         "## Training\n\n" + training(results),

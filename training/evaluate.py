@@ -7,7 +7,7 @@ Four tasks on held-out scenes, each read by the exact reader and reduced by `tra
 | start | one prompt, as long as a training clip | instruction following, dynamic, validity, residual, turns, distance |
 | switch | a second prompt at a unit boundary | seen within a second, frames until the change, new direction |
 | futures | several continuations of one real past | diversity |
-| long | ten seconds | the same by two-second stretches (drift) |
+| long | ten seconds or more | the same by stretches of it (drift) |
 
     python -m training.evaluate --student cfrt/students/tiny            what ships, pixel by pixel through `cfrt.Stream`
     python -m training.evaluate --run runs/tiny --stages teacher dmd    the stages of a run
@@ -39,7 +39,6 @@ from training.metrics import Estimate
 from training.reader import Reading, read
 from training.sources import Sampler, Source, Task, Tokenizer
 
-STRETCH = 2 * worlds.FPS  # frames of one line of the drift table
 EXAMPLES = 6  # clips of each task that go on the contact sheet
 TRUE_FUTURES = 256  # simulated for each past
 
@@ -53,7 +52,7 @@ class Config:
     pasts: int = 48
     futures: int = 12
     long: int = 24
-    """Clips of ten seconds."""
+    """Clips of `long_units`."""
     units: int = 10
     """Latent frames of a start."""
     switch_unit: int = 6
@@ -188,20 +187,25 @@ def _futures(look: Look, task: Task, config: Config) -> Row:
     return {"diversity": spread, "diversity_valid": metrics.mean(valid.double().mean(1))}
 
 
+def stretches(frames: int) -> list[tuple[int, int]]:
+    """The stretches of a long clip that are read by themselves: of two seconds, or of five in a clip over ten."""
+    length = (2 if frames <= 10 * worlds.FPS + 1 else 5) * worlds.FPS
+    return [(first, first + length) for first in range(0, frames - length + 1, length)]
+
+
 def _see_long(video: Tensor, task: Task) -> Look:
-    return {
-        str(first): read(video[:, first : first + STRETCH]) for first in range(0, task.frames - STRETCH + 1, STRETCH)
-    }
+    return {str(first): read(video[:, first:last]) for first, last in stretches(task.frames)}
 
 
 def _long(look: Look, task: Task, config: Config) -> Row:
-    wanted = task.wanted[:, 0]
-    return {"drift": [_stretch(reading, wanted) for reading in look.values()]}
+    wanted, spans = task.wanted[:, 0], stretches(task.frames)
+    return {"drift": [_stretch(reading, wanted, span) for reading, span in zip(look.values(), spans, strict=True)]}
 
 
-def _stretch(reading: Reading, wanted: Tensor) -> dict[str, Estimate]:
+def _stretch(reading: Reading, wanted: Tensor, span: tuple[int, int]) -> Row:
     right = metrics.instruction(reading, wanted)
-    return metrics.quality(reading, wanted) | {name: right[name] for name in ("size", "colour", "shape", "background")}
+    kept = {name: right[name] for name in ("size", "colour", "shape", "speed", "background")}
+    return {"seconds": [frame // worlds.FPS for frame in span], **metrics.quality(reading, wanted), **kept}
 
 
 def _repeated(count: int, times: int) -> Tensor:

@@ -72,7 +72,15 @@ LINES = (
         "median index of the first frame after it that reads the new colour and shape; 24 = never",
     ),
 )
-DRIFT = (("valid", "valid frames"), ("colour", "colour right"), ("shape", "shape right"), ("dynamic", "dynamic"))
+DRIFT = (
+    ("valid", "valid frames"),
+    ("colour", "colour right"),
+    ("shape", "shape right"),
+    ("size", "size right"),
+    ("background", "background right"),
+    ("speed", "speed right"),
+    ("dynamic", "dynamic"),
+)
 
 
 def figure(number: Numbers | None, percent: bool) -> str:
@@ -106,7 +114,7 @@ def main_table(rows: Mapping[str, Numbers], titles: Mapping[str, str], keys: Seq
 
 
 def drift_table(rows: Mapping[str, Numbers], titles: Mapping[str, str]) -> str:
-    """Two-second stretches down, sources across, for each number of DRIFT."""
+    """Stretches of time down, sources across, for each number of DRIFT that was read."""
     blocks = []
     for key, title in DRIFT:
         head = [
@@ -115,8 +123,10 @@ def drift_table(rows: Mapping[str, Numbers], titles: Mapping[str, str]) -> str:
         ]
         stretches = zip(*(row["drift"] for row in rows.values()), strict=True)
         body = [
-            f"| {2 * index}–{2 * index + 2} s | " + " | ".join(figure(stretch[key], True) for stretch in line) + " |"
-            for index, line in enumerate(stretches)
+            "| {}–{} s | ".format(*line[0]["seconds"])
+            + " | ".join(figure(stretch[key], True) for stretch in line)
+            + " |"
+            for line in stretches
         ]
         blocks.append("\n".join(head + body))
     return "\n\n".join(blocks)

@@ -18,13 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cfrt import students
+from cfrt.config import ModelConfig
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
-from cfrt.weights import save_model
+from cfrt.weights import load_model, part, save_model
 from training import autoencoder, bidirectional, cd, data, dmd, loop, preview, rollout, teacher, worlds
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
+from training.shards import Shards, fingerprint
 
 STAGES = ("autoencoder", "bidirectional", "teacher", "score", "cd", "dmd")
 
@@ -97,6 +100,15 @@ def adopt(folder: Path, out: Path) -> None:
             loop.write_tensors(out / name / "average.safetensors", full)
 
 
+def borrow(model: str, out: Path) -> None:
+    """Begin a run with a finished model's autoencoder: the one that prepared the clips."""
+    if not finished(out / "autoencoder"):
+        arrays = part(load_model(students.find(model))[1], "autoencoder")
+        (out / "autoencoder").mkdir(parents=True, exist_ok=True)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        loop.write_tensors(out / "autoencoder" / "average.safetensors", tensors)
+
+
 def save_student(recipe: Recipe, out: Path, folder: Path) -> None:
     """Write the student's bundle: config.json and model.safetensors."""
     network, decoder = weights(out, recipe.ships), weights(out, "autoencoder")
@@ -105,10 +117,29 @@ def save_student(recipe: Recipe, out: Path, folder: Path) -> None:
     save_model(folder, recipe.model, {name: value.float().numpy() for name, value in tensors.items()})
 
 
-def _clips(recipe: Recipe, out: Path) -> data.Clips:
+def _clips(recipe: Recipe, out: Path) -> data.DataSet:
+    if recipe.shards is not None:
+        return _own(recipe, out, recipe.shards)
     folder = out / "data"
     data.write(folder, recipe.data, trained_autoencoder(recipe, out), recipe.seed)
     return data.Clips(folder, recipe.data, recipe.seed)
+
+
+def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
+    """One's own clips, if their latents mean to this run's autoencoder what they meant to the one that made them."""
+    clips = Shards(folder, recipe.seed, recipe.model)
+    own = {name: value.float().numpy() for name, value in weights(out, "autoencoder").items()}
+    if fingerprint(own) != clips.manifest.autoencoder:
+        raise WeightsError(
+            f"expected the autoencoder that made {folder} in {out / 'autoencoder'}, found other weights; begin a new "
+            "run and name the model that prepared the clips (--model)"
+        )
+    return clips
+
+
+def _prompts(recipe: Recipe, out: Path) -> dmd.Draw:
+    """What rollouts are asked to play."""
+    return partial(data.prompts, config=recipe.data) if recipe.shards is None else _clips(recipe, out).prompts
 
 
 def _averaged(stage: Stage, decay: float) -> tuple[Stage, Average]:
@@ -143,7 +174,7 @@ def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "score")
-    prompts = partial(data.prompts, config=recipe.data)
+    prompts = _prompts(recipe, out)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
 
@@ -165,7 +196,8 @@ def _previewer(recipe: Recipe, out: Path, name: str, average: Average) -> Callab
         if name == "autoencoder":
             video = _reconstructions(recipe, average.weights)
         else:
-            latents = sample(load(recipe.model, average.weights), recipe, name, PREVIEW_CLIPS)
+            network = load(recipe.model, average.weights)
+            latents = sample(network, recipe.model, name, _prompts(recipe, out))
             video = data.decode(trained_autoencoder(recipe, out), latents)
         preview.sheet(video, out / name / "preview.png")
 
@@ -183,26 +215,28 @@ def _reconstructions(recipe: Recipe, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def sample(network: Network, recipe: Recipe, stage: str, clips: int, seed: int = 7) -> Tensor:
+def sample(network: Network, model: ModelConfig, stage: str, draw: dmd.Draw, seed: int = 7) -> Tensor:
     """Latents of a few clips as the stage samples them: guided Euler for teachers, few steps for students."""
     generator = step_generator(seed, 0)
-    prompts = data.prompts(clips, generator, recipe.data)
-    units = recipe.data.units // recipe.model.unit
+    prompts = draw(PREVIEW_CLIPS, generator)
+    units = prompts.caption.shape[1] // model.unit
     if stage in ("bidirectional", "score"):
-        return bidirectional.sample(network, recipe.model, prompts, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
+        return bidirectional.sample(network, model, prompts, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
     if stage == "teacher":
-        player = rollout.Player(network, recipe.model, prompts, guidance=GUIDANCE)
-        return rollout.play(player, units, rollout.euler(recipe.model, TEACHER_STEPS), generator)
-    player = rollout.Player(network, recipe.model, prompts)
-    return rollout.play(player, units, rollout.few_step(recipe.model, generator), generator)
+        player = rollout.Player(network, model, prompts, guidance=GUIDANCE)
+        return rollout.play(player, units, rollout.euler(model, TEACHER_STEPS), generator)
+    player = rollout.Player(network, model, prompts)
+    return rollout.play(player, units, rollout.few_step(model, generator), generator)
 
 
 def run(recipe: Recipe, out: Path, *, until: str = "card") -> None:
-    """The whole recipe: every stage, then the student's bundle and its card in OUT/student."""
+    """The whole recipe: every stage, then the student's bundle in OUT/student, with its card where the exact reader
+    knows the clips."""
     train(recipe, out, until=STAGES[-1] if until == "card" else until)
     if until != "card":
         return
-    from training import card  # imports the runtime as well, which no stage needs
-
     save_student(recipe, out, out / "student")
-    card.write(recipe, out, out / "student")
+    if recipe.shards is None:
+        from training import card  # imports the runtime as well, which no stage needs
+
+        card.write(recipe, out, out / "student")

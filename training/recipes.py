@@ -20,6 +20,8 @@ class Recipe:
     name: str
     model: ModelConfig
     seed: int = 1
+    shards: str | None = None
+    """Folder of one's own clips (`python -m training prepare`) instead of the world's."""
     ships: Literal["cd", "dmd"] = "cd"
     """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=lambda: data.Config(clips=40_000))

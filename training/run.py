@@ -28,6 +28,10 @@ class Arguments:
     """Every stage for a few steps (under three minutes): shows that the chain holds, the student is noise."""
     until: Literal["autoencoder", "bidirectional", "teacher", "score", "cd", "dmd", "card"] = "card"
     """Last stage to run."""
+    data: Path | None = None
+    """Your own clips, from `python -m training prepare`, instead of the world's."""
+    model: str = "tiny"
+    """With --data: the model that prepared them, whose autoencoder this run keeps."""
     adopt: Path | None = None
     """Folder of released stages (training/weights/tiny) to begin with instead of training them."""
     release: Path | None = None
@@ -52,6 +56,11 @@ def main(words: Sequence[str]) -> None:
 
     recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
     recipe = replace(recipe, run=replace(recipe.run, log=arguments.log))
+    if arguments.data is not None:
+        from training.shards import Shards
+
+        model = Shards(arguments.data, recipe.seed).model
+        recipe = replace(recipe, shards=str(arguments.data), model=model)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.dry_run:
@@ -61,6 +70,8 @@ def main(words: Sequence[str]) -> None:
         return
     out = arguments.out or Path("runs") / recipe.name
     try:
+        if arguments.data is not None:
+            chain.borrow(arguments.model, out)
         if arguments.adopt:
             chain.adopt(arguments.adopt, out)
         chain.run(recipe, out, until=arguments.until)

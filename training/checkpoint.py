@@ -98,7 +98,8 @@ def _labelled(optimisers: Mapping[str, Optimisers]) -> list[tuple[str, torch.opt
 
 
 def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], progress: dict[str, Any], keep: int) -> None:
-    from torch.distributed.checkpoint import FileSystemWriter, save  # a second to import
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter  # a second to import
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     path, draft = folder / name, folder / f".{name}"
     if parallel.first():
@@ -118,14 +119,15 @@ def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], progress: dic
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with _alone():
         load(dict(tensors), storage_reader=FileSystemReader(path), no_dist=parallel.count() == 1)
 
 
 def _sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     found = FileSystemReader(path).read_metadata().state_dict_metadata

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cfrt.errors import TrainingError
+from cfrt.nn.dit import CausalDiT
 from training import checkpoint, logs, parallel
 
 Stats = dict[str, float]
@@ -246,7 +247,7 @@ def place(stage: Stage, average: Average, config: Config) -> None:
     for network in stage.networks.values():
         parallel.place(network, where, config.precision, constant=False)
         for module in network.modules():
-            if hasattr(module, "checkpointing"):
+            if isinstance(module, CausalDiT):
                 module.checkpointing = config.checkpointing
     for network in stage.frozen.values():
         parallel.place(network, where, config.precision, constant=network is not average.into)

@@ -47,7 +47,8 @@ class Network(nn.Module):
         """v of units that see a past as noisy as it is: diffusion forcing's layout, and that of Self Forcing's ODE
         regression (block-causal mask, no clean half)."""
         mask = torch.from_numpy(self.dit.config.geometry.causal_mask(x.shape[1]))
-        return self.dit(x, flow.TIME_SCALE * s, self.text_kv(batch.captions), batch.caption, mask=mask)
+        kv, layout = self.text_kv(batch.captions), "flex" if x.is_cuda else "mask"
+        return self.dit(x, flow.TIME_SCALE * s, kv, batch.caption, mask=mask, layout=layout)
 
 
 def clone(network: Network, config: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> Network:

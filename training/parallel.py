@@ -114,17 +114,16 @@ def place(network: nn.Module, where: torch.device, precision: Precision, constan
     that they lose nothing by being kept in the precision of the compute."""
     if constant and precision == "bf16":
         network.to(torch.bfloat16)
-    if count() > 1 and not isinstance(network, _sharded()):
+    if count() > 1 and not _sharded(network):
         empty = _is_meta(network)
         _shard(network if empty else network.to(where), where, precision)
     network.to_empty(device=where) if _is_meta(network) else network.to(where)
 
 
-def _sharded() -> type[nn.Module]:
+def _sharded(network: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
-    kind: type[nn.Module] = FSDPModule
-    return kind
+    return isinstance(network, FSDPModule)
 
 
 def _is_meta(network: nn.Module) -> bool:

@@ -21,7 +21,7 @@ import torch
 from cfrt.config import AutoencoderConfig, ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
-from training import autoencoder, bidirectional, captions, cd, dmd, loop, ode, recipes, teacher, worlds
+from training import autoencoder, bidirectional, cd, dmd, loop, ode, recipes, teacher, worlds
 
 CAPTIONS = 2  # of a clip
 BACKWARD = 2  # forwards that a backward costs
@@ -76,7 +76,7 @@ def parameters(model: ModelConfig | AutoencoderConfig) -> int:
         network = CausalDiT(model) if isinstance(model, ModelConfig) else Autoencoder(model)
     count = sum(parameter.numel() for parameter in network.parameters())
     table = isinstance(model, ModelConfig) and model.text.kind == "table"
-    return count + (captions.ROWS * model.text.width if table else 0)  # type: ignore[union-attr]
+    return count + ((1 + max(model.text.vocab.values(), default=0)) * model.text.width if table else 0)  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept

@@ -23,8 +23,6 @@ from training import cd, dmd, loop, ode, plan, teacher
 Name = Literal["teacher", "pairs", "ode", "cd", "dmd"]
 STAGES: tuple[Name, ...] = get_args(Name)
 STATED = plan.Speed(flops=400e12, source="stated: 40 % of the 989 TFLOP/s of an H100 in bf16")
-PUBLISHED = {"lr": 2e-6, "batch": 1, "betas": (0.0, 0.999), "schedule": "constant"}
-EVEN = {"first_weight": 1.0, "early_weight": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +76,20 @@ def _recipe(kind: str, steps: int, long: tuple[int, int, int, int]) -> Recipe:
         fake=whole,
         # no caption is dropped: guidance sets the prompt against a negative one, which Wan itself has learnt
         teacher=teacher.Config(
-            **PUBLISHED, **EVEN, steps=long[0], optimiser="adam", ema=0.0, weighting="bell", caption_dropout=0.0,
-            starts=0,
+            steps=long[0], batch=1, lr=2e-6, betas=(0.0, 0.999), optimiser="adam", schedule="constant", ema=0.0,
+            weighting="bell", caption_dropout=0.0, first_weight=1.0, early_weight=1.0, starts=0,
         ),
         ode=ode.Config(
-            **(PUBLISHED | {"betas": (0.9, 0.999)}), **EVEN, steps=long[1], ema=0.0,
-            pairs=6000, piece=1, half=True, euler_steps=48, guidance=6.0,
+            steps=long[1], batch=1, lr=2e-6, betas=(0.9, 0.999), schedule="constant", ema=0.0,
+            pairs=6000, piece=1, half=True, euler_steps=48, guidance=6.0, first_weight=1.0, early_weight=1.0,
         ),
-        cd=cd.Config(**PUBLISHED, **EVEN, steps=long[2], ema=0.99, levels=48, guidance=3.0),
+        cd=cd.Config(
+            steps=long[2], batch=1, lr=2e-6, betas=(0.0, 0.999), schedule="constant", ema=0.99,
+            levels=48, guidance=3.0, first_weight=1.0, early_weight=1.0,
+        ),
         dmd=dmd.Config(
-            **PUBLISHED, steps=long[3] // 5, ema=0.99, critic_lr=4e-7, critic_updates=5, critic_warmup=0,
-            guidance=4.0, tau=(0.02, 0.98), fresh_rollouts=True,
+            steps=long[3] // 5, batch=1, lr=2e-6, critic_lr=4e-7, betas=(0.0, 0.999), schedule="constant", ema=0.99,
+            critic_updates=5, critic_warmup=0, guidance=4.0, tau=(0.02, 0.98), fresh_rollouts=True,
         ),
     )  # fmt: skip
 
@@ -97,9 +98,10 @@ def reduced(recipe: Recipe) -> Recipe:
     """The same at a width that a CPU takes in seconds: every loss, one step; the result is noise."""
 
     def small(model: ModelConfig) -> ModelConfig:
-        text = replace(model.text, width=16, length=4)
-        size = {"width": 64, "depth": 2, "heads": 2, "ffn": 128, "latent_grid": (4, 4), "text": text}
-        return replace(model, **size, unit=min(model.unit, 6), window=6, trained_frames=6)
+        return replace(
+            model, width=64, depth=2, heads=2, ffn=128, latent_grid=(4, 4), unit=min(model.unit, 6), window=6,
+            trained_frames=6, text=replace(model.text, width=16, length=4),
+        )  # fmt: skip
 
     return replace(
         recipe,

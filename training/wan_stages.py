@@ -25,20 +25,24 @@ from training.network import Network, frozen
 from training.wan import Recipe
 
 
-def build(recipe: Recipe, name: str, data: DataSet | ode.Trajectories) -> tuple[Stage, Average]:
-    """A stage whose networks have no values yet."""
-    model, stage = recipe.models[name], Any
-    if name == "cd":
-        made = cd.Stage(recipe.cd, model, data, _empty(model))  # type: ignore[arg-type]
-        return made, made.average
-    if name == "teacher":
-        stage = teacher.Stage(recipe.teacher, model, data, _empty(model))  # type: ignore[arg-type]
-    elif name == "ode":
-        stage = ode.Stage(recipe.ode, model, data, _empty(model))  # type: ignore[arg-type]
-    else:
-        networks = _empty(model), _empty(recipe.real), _empty(recipe.fake)
-        stage = dmd.Stage(recipe.dmd, model, lambda size, g: data.prompts(size, g), *networks)  # type: ignore[union-attr]
-    return stage, Average(stage.student, getattr(recipe, name).ema)  # type: ignore[attr-defined]
+def build(recipe: Recipe, name: str, data: Any) -> tuple[Stage, Average]:
+    """A stage whose networks have no values yet; `data` are its clips, or the trajectories of stage ode."""
+    model = recipe.models[name]
+    match name:
+        case "teacher":
+            ar = teacher.Stage(recipe.teacher, model, data, _empty(model))
+            return ar, Average(ar.student, recipe.teacher.ema)
+        case "ode":
+            regression = ode.Stage(recipe.ode, model, data, _empty(model))
+            return regression, Average(regression.student, recipe.ode.ema)
+        case "cd":
+            consistent = cd.Stage(recipe.cd, model, data, _empty(model))
+            return consistent, consistent.average
+        case "dmd":
+            networks = _empty(model), _empty(recipe.real), _empty(recipe.fake)
+            matched = dmd.Stage(recipe.dmd, model, data.prompts, *networks)
+            return matched, Average(matched.student, recipe.dmd.ema)
+    raise TrainingError(f"expected a stage out of teacher, ode, cd, dmd; got {name!r}")
 
 
 def _empty(model: ModelConfig) -> Network:

@@ -9,8 +9,9 @@ Shapes: B batch, T latent frames, F of a unit, N tokens a frame, d width, H head
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import takewhile
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -18,16 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..blocks import Geometry, Span, to_tokens
+from ..blocks import Geometry, Span, teacher_forcing_mod, to_tokens
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..flow import time_frequencies
 from ..weights import match
-from .attention import Part
+from .attention import Part, block_mask
 from .constants import kept
 from .layers import Block, Head, Pass
 from .ring import Memory, RingCache
 from .rope import phases
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 TextKV = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of the text for each layer: k, v [B, C, L, H, D]."""
@@ -109,6 +113,7 @@ class CausalDiT(nn.Module):
         *,
         mask: Tensor | None = None,
         frames: Sequence[int] | Tensor | None = None,
+        layout: Literal["mask", "flex"] = "mask",
         backend: str = "sdpa",
     ) -> Tensor:
         """v [B, T, C, h, w] of latents x [B, T, C, h, w] at times t [B, T] in 0..1000.
@@ -116,15 +121,19 @@ class CausalDiT(nn.Module):
         caption: long [B, T], which of the C captions each latent frame reads; None when C = 1.
         mask: bool [T, T] over frames, True = may look (`Geometry.causal_mask`); None = bidirectional.
         frames: temporal positions, [T] (default 0, 1, ...).
+        layout: "mask" computes what the mask hides, "flex" leaves it to FlexAttention to skip it.
         """
         positions = tuple(range(x.shape[1])) if frames is None else tuple(int(f) for f in frames)
         n = self.config.frame_tokens
         sinks = 0 if mask is None else sum(1 for _ in takewhile(lambda f: f < self.config.sinks, positions))
+        mask = None if mask is None else mask.to(x.device)
+        flex = None if mask is None or layout == "mask" else _frame_blocks(mask, n)
         p = Pass(
             turn=self._turn(positions, x.device),
             sink_turn=self._sink_turn(positions, sinks, x.device),
             sink_tokens=sinks * n,
-            mask=None if mask is None else mask.to(x.device).repeat_interleave(n, 0).repeat_interleave(n, 1),
+            mask=None if mask is None or flex else mask.repeat_interleave(n, 0).repeat_interleave(n, 1),
+            blocks=None if flex is None else lambda _: flex,
             text_mask=self._text_mask(text_kv, caption),
             backend=backend,
         )
@@ -139,7 +148,7 @@ class CausalDiT(nn.Module):
         caption: Tensor | None = None,
         *,
         clean_t: float = 0.0,
-        layout: Literal["mask", "ranges", "auto"] = "auto",
+        layout: Literal["mask", "ranges", "flex", "auto"] = "auto",
         backend: str = "sdpa",
     ) -> Tensor:
         """v [B, T, C, h, w] of the noisy clip, every unit given the clean past: one forward over [clean | noisy].
@@ -148,13 +157,15 @@ class CausalDiT(nn.Module):
         are the positions. arXiv:2602.02214, section 3.
 
         layout: "mask" computes all [2 T N, 2 T N] pairs of tokens and hides three quarters of them; "ranges" computes
-            what is seen, a unit at a time; "auto" takes the ranges from RANGE_TOKENS tokens a unit on.
+            what is seen, a unit at a time; "flex" leaves the skipping to FlexAttention, which has a backward on GPUs
+            only. "auto" is "flex" on a GPU, and elsewhere the ranges from RANGE_TOKENS tokens a unit on.
         """
         frames, n = clean.shape[1], self.config.frame_tokens
         positions = tuple(range(frames)) * 2
         sinks = min(self.config.sinks, frames)
         if layout == "auto":
-            layout = "ranges" if self.config.unit * n >= RANGE_TOKENS else "mask"
+            ranges = self.config.unit * n >= RANGE_TOKENS
+            layout = "flex" if clean.is_cuda and ranges else "ranges" if ranges else "mask"
         shape = (self.config.geometry, frames, n)
         p = Pass(
             turn=self._turn(positions, clean.device),
@@ -162,6 +173,7 @@ class CausalDiT(nn.Module):
             sink_tokens=sinks * n,
             mask=_teacher_forcing_mask(*shape, clean.device) if layout == "mask" else None,
             parts=teacher_forcing_parts(*shape) if layout == "ranges" else None,
+            blocks=partial(_teacher_forcing_blocks, *shape, clean.device) if layout == "flex" else None,
             text_mask=self._text_mask(text_kv, None if caption is None else torch.cat([caption, caption], dim=1)),
             answering=frames,
             backend=backend,
@@ -308,6 +320,25 @@ def _part(queries: Span, keys: Sequence[Span], sinks: int, frame_tokens: int) ->
     far = sum(max(0, min(stop, sinks) - start) for start, stop in joined)
     tokens = tuple((start * frame_tokens, stop * frame_tokens) for start, stop in joined)
     return Part((queries[0] * frame_tokens, queries[1] * frame_tokens), tokens, far * frame_tokens)
+
+
+@lru_cache(8)
+def _teacher_forcing_blocks(
+    geometry: Geometry, frames: int, frame_tokens: int, device: torch.device, skip: int
+) -> "BlockMask":
+    """`Geometry.teacher_forcing_mask` for FlexAttention, of the queries from token `skip` on."""
+    mask_mod = teacher_forcing_mod(geometry, frames, frame_tokens)
+    mask = geometry.teacher_forcing_mask(frames)[skip // frame_tokens :]
+    return block_mask(mask, frame_tokens, lambda b, h, q, k: mask_mod(b, h, q + skip, k), device)
+
+
+def _frame_blocks(mask: Tensor, frame_tokens: int) -> "BlockMask":
+    """Any mask over frames, bool [T, T], for FlexAttention."""
+
+    def look(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask[query // frame_tokens, key // frame_tokens]
+
+    return block_mask(mask.cpu().numpy(), frame_tokens, look, mask.device)
 
 
 @kept(8)

@@ -6,18 +6,22 @@ they look at comes in a `Pass` and a `Memory`.
 Shapes: B batch, T latent frames, N tokens a frame, d width, H heads, D = d/H, L text rows, C captions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .attention import Part, attention, attention_by_parts
+from .attention import Part, attention, attention_by_blocks, attention_by_parts
 from .norms import RMSNorm
 from .ring import Memory
 from .rope import rotate
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Pass:
     """Who sees whom among tokens, bool [T N, T N]."""
     parts: Sequence[Part] | None = None
     """The same as ranges of queries and keys, in place of `mask`."""
+    blocks: "Callable[[int], BlockMask] | None" = None
+    """The same for FlexAttention, in place of `mask`: of the queries from the given token on."""
     text_mask: Tensor | None = None
     """Which captions' rows each token reads, bool [B, T N, C L]."""
     answering: int = 0
@@ -64,6 +70,8 @@ class SelfAttention(nn.Module):
         if p.parts is not None:
             y = attention_by_parts(q, k, v, _from(skip, p.parts), q_sink=q_sink, backend=p.backend)
             return self.o(y.reshape(x.shape))
+        if p.blocks is not None:
+            return self.o(attention_by_blocks(q, k, v, p.blocks(skip)).reshape(x.shape))
         k, v, ranges = (k, v, None) if memory is None else memory.extend(k, v)
         y = attention(
             q,

@@ -85,7 +85,6 @@ def along(student: Network, x: Tensor, s: Tensor, batch: Batch, direction: Tenso
 
     Forward mode needs attention written out in its parts; the fused CPU kernels have no derivative of this kind."""
     with sdpa_kernel(SDPBackend.MATH):
-        v, slope = torch.func.jvp(
-            lambda x, s: student.teacher_forced(x, s, batch), (x, s), (direction, torch.ones_like(s))
-        )
+        tangents = (direction, torch.ones_like(s))
+        v, slope = torch.func.jvp(lambda x, s: student.teacher_forced(x, s, batch), (x, s), tangents)[:2]
     return v, slope

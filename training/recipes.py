@@ -26,11 +26,11 @@ class Recipe:
     """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=lambda: data.Config(clips=40_000))
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
-    bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)
-    teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=14_400, ema=0.998))
     score: bidirectional.Config = field(
         default_factory=lambda: bidirectional.Config(steps=5500, shift=5.0, first_weight=2.0, early_weight=2.0)
     )
+    bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)
+    teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=14_400, ema=0.998))
     cd: cd.Config = field(default_factory=lambda: cd.Config(steps=2400, guidance=3.5, lr=7e-4))
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=80, tau=(0.02, 0.6)))
     evaluate: evaluate.Config = field(default_factory=lambda: evaluate.Config(prompts=1000, long=32, long_units=121))

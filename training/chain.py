@@ -29,7 +29,8 @@ from training.network import Network, load
 from training.recipes import Recipe
 from training.shards import Shards, fingerprint
 
-STAGES = ("autoencoder", "bidirectional", "teacher", "score", "cd", "dmd")
+TEACHERS = ("autoencoder", "bidirectional", "teacher", "score")
+STAGES = (*TEACHERS, "cd", "dmd")
 
 
 def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
@@ -75,10 +76,10 @@ def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
 
 
 def release(recipe: Recipe, out: Path, folder: Path) -> None:
-    """Keep what the finished stages have learnt, small enough to commit: averaged weights in fp16, and their
-    statistics."""
+    """Keep what the finished teachers have learnt, small enough to commit: averaged weights in fp16, and their
+    statistics. Students are kept as bundles."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in STAGES:
+    for name in TEACHERS:
         if finished(out / name):
             halves = {key: value.half() for key, value in weights(out, name).items()}
             loop.write_tensors(
@@ -89,9 +90,9 @@ def release(recipe: Recipe, out: Path, folder: Path) -> None:
 
 def adopt(folder: Path, out: Path) -> None:
     """Begin a run with the stages that `folder` (made by `release`) holds; a stage that the run has is left alone."""
-    found = [name for name in STAGES if (folder / f"{name}.safetensors").exists()]
+    found = [name for name in TEACHERS if (folder / f"{name}.safetensors").exists()]
     if not found:
-        raise WeightsError(f"expected released stages ({', '.join(STAGES)}) as .safetensors in {folder}, found none")
+        raise WeightsError(f"expected released stages ({', '.join(TEACHERS)}) as .safetensors in {folder}, found none")
     for name in found:
         if not (out / name).exists():
             (out / name).mkdir(parents=True)

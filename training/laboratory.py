@@ -28,7 +28,8 @@ INITS: tuple[Init, ...] = get_args(Init)
 
 STEP_LISTS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 """u before the warp; fewer than four get the four for their first unit (the published lists)."""
-RELEASED = Path(__file__).parent / "weights" / "tiny"
+RELEASED = tuple(Path(__file__).parent / "weights" / name for name in ("reproduce", "tiny"))
+"""In the checkout: the AR teacher of the committed rows, and what else they share with the embedded student."""
 
 Row = dict[str, Any]
 
@@ -82,8 +83,9 @@ class Laboratory:
     def __init__(self, folder: Path, config: Config, recipe: recipes.Recipe) -> None:
         self.folder, self.config, self.recipe = folder, config, recipe
         self.chain = folder / "teachers"
-        if RELEASED.is_dir() and recipe.name == "tiny":
-            chain.adopt(RELEASED, self.chain)
+        for folder in RELEASED if recipe.name == "tiny" else ():
+            if folder.is_dir():
+                chain.adopt(folder, self.chain)
         chain.train(recipe, self.chain, until="score")
 
     @cached_property

@@ -60,7 +60,7 @@ def processes() -> Iterator[None]:
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
     try:
         yield
     finally:

@@ -359,6 +359,8 @@ def test_vbench_filters_still_films_for_flicker(student: Path, tmp_path: Path, c
     assert results["films"] == 3, "two of the prompt that serves flicker, one of the other"
     assert [line.split()[0] for line in calls.read_text().splitlines()] == ["static_filter", "evaluate"]
     assert "--videos_path vbench/static/filtered_videos" in calls.read_text()
+    with pytest.raises(ConfigError, match="VBench's JSON says which do"):
+        vbench.films(prompts.read(written(tmp_path / "p.txt", RED)), arguments)
 
 
 def test_vbench_can_be_left_out(student: Path, tmp_path: Path, calls: Path) -> None:

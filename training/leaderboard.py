@@ -197,10 +197,9 @@ def summary(results: Mapping[str, Result]) -> dict[str, Estimate]:
     scores = torch.tensor([results[name].score for name in names], dtype=torch.float64)
     estimates = {}
     for name in (*names, "quality", "semantic", "total"):
-        value = _part(name, names, scores[None])
-        if value is None:
-            continue
-        estimates[name] = _interval(value.item(), name, names, table)
+        score = _part(name, names, scores[None])
+        if score is not None:
+            estimates[name] = _interval(score.item(), name, names, table)
     return estimates
 
 

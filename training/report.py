@@ -191,7 +191,8 @@ def drift(rows: Sequence[Row], name: str) -> Estimate:
     if len(first) == 1:
         return Estimate(100 * (last / first - 1).item(), math.nan, math.nan, 1)
     found = metrics.ratio(last, first)
-    return Estimate(*(100 * (value - 1) for value in (found.value, found.low, found.high)), found.n)
+    value, low, high = (100 * (ratio - 1) for ratio in (found.value, found.low, found.high))
+    return Estimate(value, low, high, found.n)
 
 
 def _diversities(rows: Sequence[Row]) -> list[float]:

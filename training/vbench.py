@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 from tqdm.auto import tqdm
@@ -87,7 +87,8 @@ class Arguments:
             raise ConfigError(f"expected VBench's dimensions ({known}), got {', '.join(sorted(unknown))}")
 
 
-class Film(NamedTuple):
+@dataclass(frozen=True)
+class Film:
     """A video to be made."""
 
     file: str
@@ -121,6 +122,10 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
 def films(asked: PromptList, arguments: Arguments) -> list[Film]:
     """All the films, seed by seed, so that an interrupted run has seen every prompt before it repeats one."""
     most = max(arguments.seeds, arguments.flicker_seeds or 0)
+    if arguments.flicker_seeds and not any(leaderboard.FLICKER in prompt.dimensions for prompt in asked):
+        raise ConfigError(
+            f"--flicker-seeds needs prompts that serve {leaderboard.FLICKER}: VBench's JSON says which do"
+        )
     stems = prompts.stems([prompt.name for prompt in asked], most, arguments.out / "videos")
     found = []
     for index in range(most):

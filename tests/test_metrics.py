@@ -222,7 +222,7 @@ def test_prompts_are_held_out_text_in_many_wordings(tasks: dict[str, Task]) -> N
     assert torch.equal(switch.captions.sort(-1).values, expected.sort(-1).values)
     shows = metrics.changed(switch.wanted)[:, [worlds.COLOUR, worlds.SHAPE]].any(1)
     assert shows.all()
-    assert switch.caption.unique(dim=0).tolist() == [[0] * 6 + [1] * 6]
+    assert switch.prompts.caption.unique(dim=0).tolist() == [[0] * 6 + [1] * 6]
 
 
 def test_all_held_out_scenes_come_before_one_comes_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from training import gaussian, loop, proof
 
 pytestmark = pytest.mark.cpu
 
+RESULTS = Path(proof.__file__).parent / "results" / "proof.json"
 RUNS = (
     {"worlds": ("dependent",), "inits": ("sf-ode", "causal-ode")},
     {"worlds": ("independent",), "inits": ("sf-ode",)},
@@ -67,10 +69,17 @@ def test_rows_depend_on_the_seed_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_student_is_where_theory_says(tmp_path: Path) -> None:
-    """All three students within 0.08 of their predictions in every frame and at every level."""
-    found = proof.run(tmp_path, seeds=(3,), steps=1000, worlds=("dependent",), clips=2048)
+def test_a_trained_student_is_where_theory_and_the_kept_rows_say(tmp_path: Path) -> None:
+    """All three students within 0.08 of their predictions in every frame and at every level; and the rows of
+    training/results/proof.json come again, up to what another machine's sums do to a training."""
+    found = proof.run(tmp_path, seeds=(1,), worlds=("dependent",))
     assert [row for row in found if abs(row["measured"] - row["predicted"]) > 0.08] == []
+    kept = {_place(row): row for row in json.loads(RESULTS.read_text())}
+    assert [row for row in found if abs(row["measured"] - kept[_place(row)]["measured"]) > 0.05] == []
+
+
+def _place(row: proof.Row) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("world", "init", "seed", "level", "frame"))
 
 
 def test_predictions() -> None:

@@ -14,6 +14,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.text import TextTable
+from training import captions
 from training.data import Batch
 
 Velocity = Callable[[Tensor, Tensor, Batch], Tensor]  # (x, s, batch) -> v
@@ -23,7 +24,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dit = CausalDiT(config)
-        rows = 1 + max(config.text.vocab.values(), default=0)
+        rows = 1 + max(config.text.vocab.values(), default=captions.ROWS - 1)  # the world's, where none is named
         self.text = TextTable(config.text, rows) if config.text.kind == "table" else nn.Identity()
 
     @property

@@ -1,0 +1,10 @@
+// Parts of the binding that live in files of their own; bindings.cpp calls them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace cfrt {
+
+void bind_kernels(pybind11::module_& parent);
+
+}  // namespace cfrt

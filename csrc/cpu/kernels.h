@@ -1,0 +1,20 @@
+// All kernels of one level, as function pointers. Compiled once per level from csrc/cpu/kernels/*.cpp (CMakeLists.txt).
+#pragma once
+
+#include "isa.h"
+#include "kernels/gemm.h"
+
+namespace cfrt {
+
+struct Kernels {
+    Isa isa;
+    GemmKernel gemm[3];  // by Precision
+    RowKernels rows;
+
+    const GemmKernel& product(Precision precision) const { return gemm[static_cast<int>(precision)]; }
+};
+
+// The kernels of a level that the CPU has: ask find_isa first.
+const Kernels& kernels(Isa isa);
+
+}  // namespace cfrt

@@ -1,6 +1,6 @@
 # The CPU kernels: every file of the list is compiled once for each instruction set level, and all of them go into the
 # one module, which picks at run time (csrc/cpu/isa.h).
-set(CFRT_KERNELS gemm_bf16 gemm_fp32 gemm_int8 gemm_rows)
+set(CFRT_KERNELS attention gemm_bf16 gemm_fp32 gemm_int8 gemm_rows pointwise)
 
 # cfrt_level(name number flags...): csrc/cpu/simd.h says what the two macros mean.
 function(cfrt_level name number)
@@ -10,7 +10,7 @@ function(cfrt_level name number)
   target_compile_definitions(cfrt_kernels_${name} PRIVATE CFRT_LEVEL=${name} CFRT_SIMD=${number})
   # GCC 12 finds its own header's "undefined" vectors undefined.
   target_compile_options(cfrt_kernels_${name} PRIVATE
-    ${CFRT_CXX_OPTIONS} $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> ${ARGN})
+    ${CFRT_CXX_OPTIONS} "$<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>" ${ARGN})
   # Link-time optimisation might move code from one level into another.
   set_target_properties(cfrt_kernels_${name} PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)
   target_link_libraries(_cfrt PRIVATE cfrt_kernels_${name})

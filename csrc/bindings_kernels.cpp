@@ -197,6 +197,7 @@ void bind_kernels(py::module_& parent) {
     m.def("gemm", &gemm, "rows"_a, "weights"_a, "out"_a, py::kw_only(), "bias"_a = py::none(), "epilogue"_a = "none",
           "gate"_a = py::none(), "gate_rows"_a = 1, "threads"_a = py::none(),
           "out [M, N] = epilogue(rows W^T + bias), float32, or uint16 for bf16; see csrc/cpu/kernels/gemm.h.");
+    bind_attention(m);
 }
 
 }  // namespace cfrt

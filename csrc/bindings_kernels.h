@@ -6,5 +6,6 @@
 namespace cfrt {
 
 void bind_kernels(pybind11::module_& parent);
+void bind_attention(pybind11::module_& kernels);
 
 }  // namespace cfrt

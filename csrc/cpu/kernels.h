@@ -2,7 +2,9 @@
 #pragma once
 
 #include "isa.h"
+#include "kernels/attention.h"
 #include "kernels/gemm.h"
+#include "kernels/pointwise.h"
 
 namespace cfrt {
 
@@ -10,8 +12,11 @@ struct Kernels {
     Isa isa;
     GemmKernel gemm[3];  // by Precision
     RowKernels rows;
+    AttentionKernel attentions[2];  // by Precision of the keys and values: fp32, bf16
+    PointwiseKernels pointwise;
 
     const GemmKernel& product(Precision precision) const { return gemm[static_cast<int>(precision)]; }
+    const AttentionKernel& attention(Precision precision) const { return attentions[static_cast<int>(precision)]; }
 };
 
 // The kernels of a level that the CPU has: ask find_isa first.

@@ -1,4 +1,4 @@
-// The extension module `_cfrt`: checks, then calls. The only file that knows Python.
+// The extension module `_cfrt`: checks, then calls. It and bindings_*.cpp alone know Python.
 // cfrt::Error is a std::invalid_argument, which pybind11 raises as ValueError.
 
 #include <pybind11/numpy.h>
@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "bindings_kernels.h"
 #include "build_info.h"
 #include "cpu/noise.h"
 #include "cuda/renoise.h"
@@ -136,4 +137,5 @@ PYBIND11_MODULE(_cfrt, m) {
           "Compiler, instruction sets of this CPU, and CUDA toolkit and architectures or None.");
     bind_plan(m);
     bind_noise(m);
+    cfrt::bind_kernels(m);
 }

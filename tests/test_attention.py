@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from cfrt.errors import EngineError
-from cfrt.nn.attention import BACKENDS, attention
+from cfrt.nn.attention import attention
 
 pytestmark = pytest.mark.cpu
 
 B, N, M, H, D = 2, 5, 11, 3, 8
+BACKENDS = ["reference", "sdpa"]
+"""Those that take any dtype, mask and gradient; tests/test_native_attention.py has "native"."""
 SPANS = [(9, 11), (2, 6)]
 CASES = {
     "plain": {},
@@ -130,5 +132,5 @@ def test_error_in_low_precision_is_at_most_twice_pytorch_s_own(backend, dtype):
 
 def test_unknown_backend():
     (q, k, v), _ = case("plain")
-    with pytest.raises(EngineError, match="reference, sdpa; got 'fast'"):
+    with pytest.raises(EngineError, match="reference, sdpa, native; got 'fast'"):
         attention(q, k, v, backend="fast")

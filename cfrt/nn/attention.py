@@ -1,12 +1,14 @@
 """Attention over keys that may lie in a ring, behind one name and several backends.
 
 "reference" is the definition: eager, fp32 accumulation, registered as the op `cfrt::attention` so that torch.compile
-and torch.export see one node. "sdpa" is PyTorch's fused attention: what training and the torch engine run.
+and torch.export see one node. "sdpa" is PyTorch's fused attention: what training and the torch engine run. "native" is
+the kernel of the native CPU engine (csrc/cpu/kernels/attention.cpp), for inference in fp32 and bf16.
 
 Shapes: B batch, N queries, M keys, H heads, D numbers a head.
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +43,7 @@ def attention(
     mask: bool [N, keys read] or [B, N, keys read], True = may look; every query must see something.
     q_sink: the queries at a second position, [B, N, H, D], used for the first `sink_tokens` of the keys read.
 
-    Raises EngineError for a backend that does not exist.
+    Raises EngineError for a backend that does not exist, and for what "native" cannot do.
     """
     if backend not in BACKENDS:
         raise EngineError(f"expected an attention backend out of {', '.join(BACKENDS)}; got {backend!r}")
@@ -248,9 +250,70 @@ def _two_positions(q: Tensor, k: Tensor, q_sink: Tensor, sink_tokens: int) -> tu
     return torch.cat([q, q_sink], dim=-1), widened
 
 
+# ---------------------------------------------------------------------- native
+
+_OWN = threading.local()
+"""A pool of threads has one caller at a time: each Python thread keeps its own."""
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    ranges: Sequence[Span] | None,
+    q_sink: Tensor | None,
+    sink_tokens: int,
+) -> Tensor:
+    """Lays out the keys and values first, which the native engine does once, when it writes them into its ring."""
+    _check_native(q, k, v, mask, q_sink)
+    from _cfrt import kernels
+
+    if getattr(_OWN, "threads", None) is None or _OWN.threads.count != torch.get_num_threads():
+        _OWN.threads = kernels.Threads(torch.get_num_threads())
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    spans = [(0, k.shape[1])] if ranges is None else [span for span in ranges if span[0] < span[1]]
+    for i in range(len(q)):
+        kernels.attention(
+            _wide(q[i]),
+            kernels.KeyValues(_wide(k[i]), _wide(v[i]), "fp32" if q.dtype == torch.float32 else "bf16"),
+            _bits(out[i]),
+            ranges=spans,
+            q_sink=None if q_sink is None else _wide(q_sink[i]),
+            sink_rows=0 if q_sink is None else sink_tokens,
+            threads=_OWN.threads,
+        )
+    return out
+
+
+def _check_native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_sink: Tensor | None) -> None:
+    tensors = [q, k, v] if q_sink is None else [q, k, v, q_sink]
+    if mask is not None:
+        raise EngineError("the native attention reads ranges and takes no mask; use backend 'sdpa'")
+    if any(x.dtype != q.dtype or x.device.type != "cpu" for x in tensors) or q.dtype not in _NATIVE:
+        got = ", ".join(sorted({f"{x.dtype} on {x.device}" for x in tensors}))
+        raise EngineError(f"the native attention takes float32 or bfloat16 on the CPU, all alike; got {got}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise EngineError("the native attention has no gradient; use backend 'sdpa', or torch.no_grad()")
+
+
+_NATIVE = (torch.float32, torch.bfloat16)
+
+
+def _wide(x: Tensor) -> np.ndarray:
+    array: np.ndarray = x.detach().to(torch.float32).contiguous().numpy()
+    return array
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """float32, or bf16 as uint16, sharing memory."""
+    array: np.ndarray = x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy().view(np.uint16)
+    return array
+
+
 Backend = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Sequence[Span] | None, Tensor | None, int],
     Tensor,
 ]
 
-BACKENDS: dict[str, Backend] = {"reference": _reference, "sdpa": _sdpa}
+BACKENDS: dict[str, Backend] = {"reference": _reference, "sdpa": _sdpa, "native": _native}

@@ -1,0 +1,11 @@
+// Parts of the binding that live in files of their own; bindings.cpp calls them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace cfrt {
+
+void bind_kernels(pybind11::module_& parent);
+void bind_attention(pybind11::module_& kernels);
+
+}  // namespace cfrt

@@ -1,0 +1,177 @@
+"""Fill docs/training-speed.md from a run of the training benchmark.
+
+    pytest benchmarks/bench_training.py --benchmark-json build/training.json
+    python tools/training_speed.py build/training.json --note "what else was running"    keep that run and word it
+    python tools/training_speed.py                                                       word the kept run again
+
+Nothing in the page's tables is written by hand."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "training.json"
+PAGE = ROOT / "docs" / "training-speed.md"
+
+Row = Mapping[str, Any]
+
+INTRODUCTION = """# How fast training is
+
+Written by `tools/training_speed.py` from `benchmarks/results/training.json`; `pytest benchmarks/bench_training.py`
+measures again, and its docstring says how. The network is the embedded student's (width 192, 4 layers, 3 heads), fp32,
+at several picture sizes: 4 tokens a latent frame is the shipped one, 64 x 64 pixels. F = 1; windows cover the clip."""
+
+
+def keep(benches: Sequence[Path], note: str) -> None:
+    """The rows and the machine of a run (in one file or several), without its raw timings."""
+    reports = [json.loads(bench.read_text(encoding="utf-8")) for bench in benches]
+    cpu = reports[0]["machine_info"]["cpu"]
+    machine = {"cpu": cpu.get("brand_raw", platform.machine()), "cores": os.cpu_count()}
+    kept = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "note": note,
+        "rows": [row["extra_info"] for report in reports for row in report["benchmarks"]],
+    }
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def page(kept: Mapping[str, Any]) -> str:
+    rows, machine = kept["rows"], kept["machine"]
+    first = rows[0]
+    clock = "processor time" if first["clock"] == "process_time" else "time on the wall"
+    where = f"Measured {kept['date']} on {machine['cpu']}, {machine['cores']} cores, of which {first['threads']} used; "
+    where += f"{clock}, the fastest of the rounds. {kept['note']}".rstrip()
+    parts = [
+        INTRODUCTION,
+        where,
+        "## Stages of the tiny recipe",
+        "Whole steps, optimiser included, 10 latent frames of 4 tokens. A step of DMD is one update of the student and "
+        "five of the critic, on one rollout.",
+        stages(chosen(rows, "stage")),
+        "## Teacher forcing: under the mask, or by ranges",
+        "Forward and backward of [clean | noisy]. *Mask* computes every pair of tokens and hides what may not be seen, "
+        "*ranges* computes what is seen, one call of attention a unit (`layout=` of `CausalDiT.teacher_forced`). *Of "
+        "peak*: the products of matrices that a layout computes, by formula (`step_flops` in the benchmark), over its "
+        "time, against the fastest 1024 x 1024 fp32 product of the same run. The mask's useful part leaves out the "
+        "pairs that it hides.",
+        steps(chosen(rows, "teacher-forced step")),
+        "### How the cost grows with the clip",
+        "The exponent a of time ~ frames^a, by least squares over all lengths, and between the two longest. Linear "
+        "layers grow with 1, attention with 2.",
+        growth(chosen(rows, "teacher-forced step")),
+        "## Attention alone",
+        "One layer, forward, under the teacher-forcing mask; FlexAttention compiled with the mask of `cfrt.blocks` "
+        "(without a GPU it has no backward, so training cannot use it there).",
+        attention(chosen(rows, "attention")),
+        "## Making ODE pairs: against a ring, or all at once",
+        "Guided trajectories of the AR teacher. *Ring* goes unit by unit against cached keys of the real past "
+        "(`causal_pairs`); the others give all units the past in every step (`forced_pairs`). The reference "
+        "implementation says that caching makes it about 3 times faster.",
+        pairs(chosen(rows, "pairs")),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def chosen(rows: Sequence[Row], what: str) -> list[Row]:
+    return [row for row in rows if row["what"] == what]
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body])
+
+
+def stages(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        seconds = row["seconds"][row["note"]]
+        body.append([row["note"], f"{row['clips']}", f"{1000 * seconds:.0f}", f"{row['clips'] / seconds:.1f}"])
+    return table(["stage", "batch", "ms a step", "clips/s"], body)
+
+
+def steps(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        mask, ranges = (row["seconds"][name] for name in ("mask", "ranges"))
+        peak, work = row["peak_gflops"], row["gflop"]
+        shares = (work["mask"] / mask / peak, work["ranges"] / mask / peak, work["ranges"] / ranges / peak)
+        body.append(
+            [
+                f"{row['tokens']} x {row['frames']}",
+                *(f"{row['clips'] / seconds:.3g}" for seconds in (mask, ranges)),
+                f"{mask / ranges:.2f}",
+                *(f"{100 * share:.0f} %" for share in shares),
+            ]
+        )
+    head = ["tokens x frames", "mask, clips/s", "ranges, clips/s", "ranges faster by", "mask, of peak"]
+    return table([*head, "useful part", "ranges, of peak"], body)
+
+
+def growth(rows: Sequence[Row]) -> str:
+    body = []
+    for tokens in sorted({row["tokens"] for row in rows}):
+        own = sorted((row for row in rows if row["tokens"] == tokens), key=lambda row: row["frames"])
+        frames = [row["frames"] for row in own]
+        cells = [f"{tokens}", f"{frames[0]}–{frames[-1]}"]
+        for layout in ("mask", "ranges"):
+            seconds = [row["seconds"][layout] for row in own]
+            cells += [f"{exponent(frames, seconds):.2f}", f"{exponent(frames[-2:], seconds[-2:]):.2f}"]
+        body.append(cells)
+    return table(["tokens a frame", "frames", "mask", "at the end", "ranges", "at the end"], body)
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """Slope of log y over log x by least squares."""
+    u, v = [math.log(value) for value in x], [math.log(value) for value in y]
+    mean_u, mean_v = sum(u) / len(u), sum(v) / len(v)
+    above = sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True))
+    return above / sum((a - mean_u) ** 2 for a in u)
+
+
+def attention(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    body = [
+        [
+            f"{row['tokens']} x {row['frames']}, {row['clips']}",
+            *(f"{1000 * row['seconds'][name]:.2f}" if name in row["seconds"] else "–" for name in names),
+        ]
+        for row in rows
+    ]
+    return table(["tokens x frames, clips", *(f"{name}, ms" for name in names)], body)
+
+
+def pairs(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        ring = row["seconds"]["ring"]
+        rates = [f"{row['clips'] / seconds:.3g}" for seconds in row["seconds"].values()]
+        ratios = [f"{row['seconds'][name] / ring:.2f}" for name in ("mask", "ranges")]
+        body.append([f"{row['tokens']} x {row['frames']}", row["note"], *rates, *ratios])
+    names = [f"{name}, clips/s" for name in rows[0]["seconds"]]
+    return table(["tokens x frames", "", *names, "ring over mask", "ring over ranges"], body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", nargs="*", type=Path, help="a run of pytest-benchmark to keep, or its pieces")
+    parser.add_argument("--note", default="", help="what else was running")
+    arguments = parser.parse_args()
+    if arguments.bench:
+        keep(arguments.bench, arguments.note)
+    if not KEPT.exists():
+        raise SystemExit(f"training_speed: no {KEPT}; run the benchmark with --benchmark-json F, then this with F")
+    PAGE.write_text(page(json.loads(KEPT.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

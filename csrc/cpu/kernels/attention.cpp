@@ -1,5 +1,5 @@
-// Attention by online softmax (Milakov and Gimelshein, arXiv:1805.02867; blocked as in FlashAttention, arXiv:2205.14135),
-// with queries in the lanes.
+// Attention by online softmax (Milakov and Gimelshein, arXiv:1805.02867; blocked as in FlashAttention,
+// arXiv:2205.14135), with queries in the lanes.
 //
 // A vector holds one number of as many queries as it has lanes. Keys come as broadcasts, so that K needs no packing, no
 // granule and no padding, the softmax needs no sum or maximum across lanes, and a query's result cannot depend on its

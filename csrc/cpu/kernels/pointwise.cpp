@@ -1,5 +1,5 @@
-// Norms, rotation and the writing of keys, one row after another: a row is in the first-level cache after its first pass,
-// so statistics, result and format cost arithmetic only.
+// Norms, rotation and the writing of keys, one row after another: a row is in the first-level cache after its first
+// pass, so statistics, result and format cost arithmetic only.
 #include "pointwise.h"
 
 #include "../simd.h"

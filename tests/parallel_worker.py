@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 from training_fixture import Noise, network, small
 
 from cfrt.config import ModelConfig
-from training import bidirectional, cd, data, dmd, loop, parallel, teacher
+from training import cd, data, dmd, loop, parallel, teacher, wan, wan_run
 from training.loop import Average, Stage
-from training.network import Network, frozen
 
 CONFIG = loop.Config(micros=2, log_every=1, save_seconds=0.0, keep=9, device="cpu")
 STEPS = 4
@@ -40,20 +38,9 @@ def train(out: Path, config: loop.Config = CONFIG) -> None:
         loop.run(stage, out / name, seed=2, average=average, config=config)
 
 
-def sample(folder: Path) -> None:
-    """bf16 compute and recomputed blocks, from values that the first process alone knows."""
-    model = small()
-    with torch.device("meta"):
-        start = Network(model)
-    stage = bidirectional.Stage(bidirectional.Config(steps=2, batch=2), model, Noise(model), start)
-    average = Average(stage.student, 0.9)
-    config = replace(CONFIG, precision="bf16", checkpointing=True)
-    parallel.place(start, parallel.device("cpu"), "bf16", constant=False)
-    parallel.fill(start, network(model).state_dict() if parallel.first() else {})
-    constant = frozen(network(model))
-    parallel.place(constant, parallel.device("cpu"), "bf16", constant=True)
-    assert all(p.dtype == torch.bfloat16 for p in constant.parameters())
-    loop.run(stage, folder, seed=2, average=average, config=config)
+def smoke(out: Path) -> None:
+    """A Wan recipe: bf16 compute, recomputed blocks, and values that the first process alone knows."""
+    wan_run.smoke(wan.reduced(wan.framewise()), out)
 
 
 if __name__ == "__main__":
@@ -63,4 +50,4 @@ if __name__ == "__main__":
         assert parallel.count() == 2
         train(out / "two")
         train(out / "one-then-two")
-        sample(out / "bf16")
+        smoke(out / "wan-two")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,16 @@ CONFIG = loop.Config(micros=2, log_every=1, save_seconds=0.0, keep=9, device="cp
 STEPS = 4
 
 
-def stages(model: ModelConfig) -> dict[str, tuple[Stage, Average]]:
+MODEL = replace(small(), depth=1)  # the Wan recipe below has more blocks
+
+
+def stages(model: ModelConfig = MODEL) -> dict[str, tuple[Stage, Average]]:
     """Every kind of loss and optimiser: Muon and AdamW, an average that is a network, rollouts and two networks."""
     clips = Noise(model)
     ar = teacher.Stage(teacher.Config(steps=STEPS, batch=2, starts=3, lr=1e-2), model, clips, network(model))
     consistent = cd.Stage(cd.Config(steps=STEPS, batch=2, levels=4, lr=1e-2), model, clips, network(model))
     draw = partial(data.prompts, config=data.Config(units=model.trained_frames))
-    config = dmd.Config(steps=STEPS, batch=2, critic_warmup=1, critic_updates=1, lr=2e-3, critic_lr=2e-3)
+    config = dmd.Config(steps=STEPS, batch=2, critic_warmup=0, critic_updates=1, lr=2e-3, critic_lr=2e-3)
     matched = dmd.Stage(config, model, draw, network(model), network(model, 1))
     return {
         "teacher": (ar, Average(ar.student, 0.9)),
@@ -34,7 +38,7 @@ def stages(model: ModelConfig) -> dict[str, tuple[Stage, Average]]:
 
 def train(out: Path, config: loop.Config = CONFIG) -> None:
     """All stages, each in its folder."""
-    for name, (stage, average) in stages(small()).items():
+    for name, (stage, average) in stages().items():
         loop.run(stage, out / name, seed=2, average=average, config=config)
 
 

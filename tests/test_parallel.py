@@ -82,7 +82,7 @@ def test_any_number_of_processes_has_the_same_losses(other: str, stage: str, run
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("other", ["two", "one-then-two", "two-then-one"])
 def test_the_average_is_handed_on_whole(other: str, stage: str, runs: Path) -> None:
-    start = stages(small())[stage][0].student.state_dict()
+    start = stages()[stage][0].student.state_dict()
     expected, found = (load_file(runs / run / stage / "average.safetensors") for run in ("one", other))
     assert found.keys() == expected.keys() == start.keys()
     # softmax does not see a key's bias: its gradient is rounding alone, of which AdamW makes a full step

@@ -85,7 +85,7 @@ resumable(Path(sys.argv[1]))
 
 
 def test_a_run_killed_at_any_moment_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
-    """SIGKILL, a few times, in a real process that trains DMD; the last piece runs to the end in this one."""
+    """SIGKILL to a real process that distils by consistency; the rest of the run is done in this one."""
     from training_fixture import resumable
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"

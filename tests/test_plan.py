@@ -146,6 +146,13 @@ def test_a_dry_run_prints_a_page_or_json(capsys: pytest.CaptureFixture[str], mon
     assert all(stage["hours"] > 0 for stage in content["stages"])
 
 
+def test_a_small_recipe_is_not_for_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["training", "tiny"])
+    with pytest.raises(SystemExit, match="tiny is trained by one process"):
+        __main__.main()
+
+
 def test_a_measured_speed_is_one_of_this_machine() -> None:
     speed = plan.measured(_model(), 4, seconds=0.01)
     assert 1e6 < speed.flops < 1e13

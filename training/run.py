@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +50,8 @@ class Arguments:
 def main(words: Sequence[str]) -> None:
     """`words` is the command line, the recipe first."""
     arguments = tyro.cli(Arguments, args=words, prog="python -m training")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit(f"training: {arguments.recipe} is trained by one process; torchrun is for the wan recipes")
     import torch  # after the command line, so that --help is quick
 
     from cfrt.errors import CfrtError

@@ -178,8 +178,9 @@ def write(folder: Path, config: Config, clips: DataSet, make: Maker, seed: int) 
         if not path.exists():
             pairs = make(clips.batch(piece, config.piece), step_generator(seed, piece))
             tensors = pairs[torch.arange(min(config.piece, config.pairs - piece * config.piece))].tensors()
-            floats = {name for name, x in tensors.items() if x.is_floating_point() and config.half}
-            write_tensors(path, {name: x.half() if name in floats else x for name, x in tensors.items()})
+            write_tensors(
+                path, {n: x.half() if config.half and x.is_floating_point() else x for n, x in tensors.items()}
+            )
 
 
 def _files(folder: Path, config: Config) -> list[Path]:
@@ -191,9 +192,8 @@ class Stored:
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.files, self.config = _files(folder, config), config
-        missing = [path.name for path in self.files if not path.exists()]
-        if missing:
-            raise ConfigError(f"expected {len(self.files)} pieces of pairs in {folder}, {len(missing)} are missing")
+        if missing := sum(not path.exists() for path in self.files):
+            raise ConfigError(f"expected {len(self.files)} pieces of pairs in {folder}, {missing} are missing")
 
     def __len__(self) -> int:
         return self.config.pairs

@@ -305,7 +305,7 @@ def run(
 
 
 def _row(step: int, clips: int, seconds: float, recent: Sequence[Stats]) -> logs.Row:
-    means = {key: round(value, 6) for key, value in parallel.mean(_means(recent)).items()}
+    means = {key: float(f"{value:.7g}") for key, value in parallel.mean(_means(recent)).items()}
     return {"step": step, "clips": step * clips, "seconds": round(seconds, 1), **means}
 
 

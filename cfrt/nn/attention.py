@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -70,11 +71,21 @@ def attention_by_parts(
     backend: str = "reference",
 ) -> Tensor:
     """`attention` under a block mask without the mask: one call for each part, over the keys that it sees. The parts
-    cover the queries in order. What a mask would hide is not computed; the ranges of a part are copied together."""
+    cover the queries in order. What a mask would hide is not computed; the keys of a part are copied together.
+
+    Everything is split once and put together again: the gradient of a slice is as long as what it was cut from."""
+    cuts = sorted({0, k.shape[1], *(bound for part in parts for span in part.keys for bound in span)})
+    piece = {bound: index for index, bound in enumerate(cuts)}
+    pieces = [x.split([stop - start for start, stop in pairwise(cuts)], dim=1) for x in (k, v)]
+    lengths = [stop - start for (start, stop), *_ in parts]
+    near = q.split(lengths, dim=1)
+    far = [None] * len(parts) if q_sink is None else q_sink.split(lengths, dim=1)
     answers = []
-    for (start, stop), keys, sinks in parts:
-        far = q_sink[:, start:stop] if q_sink is not None and sinks else None
-        answers.append(attention(q[:, start:stop], k, v, ranges=keys, q_sink=far, sink_tokens=sinks, backend=backend))
+    for own, own_far, (_, spans, sinks) in zip(near, far, parts, strict=True):
+        seen = [index for start, stop in spans for index in range(piece[start], piece[stop])]
+        keys, values = (torch.cat([x[index] for index in seen], dim=1) for x in pieces)
+        own_far = own_far if sinks else None
+        answers.append(attention(own, keys, values, q_sink=own_far, sink_tokens=sinks, backend=backend))
     return torch.cat(answers, dim=1)
 
 

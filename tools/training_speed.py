@@ -175,8 +175,8 @@ def predicted() -> str:
     return (
         f"*Predicted* for the 1.3B model by counting products ({frames} frames of {n} tokens, F = {model.unit}): "
         f"the ring costs 1/{ranges / ring:.1f} of the ranges (or of a FlexAttention that hides for nothing) and "
-        f"1/{mask / ring:.1f} of the dense mask. At the sizes measured above a unit of the ring is a handful of tokens, "
-        "and what a call costs whatever its size eats most of that."
+        f"1/{mask / ring:.1f} of the dense mask. At the sizes measured above a unit of the ring is a handful of "
+        "tokens, and what a call costs whatever its size eats most of that."
     )
 
 

@@ -7,5 +7,6 @@ namespace cfrt {
 
 void bind_kernels(pybind11::module_& parent);
 void bind_attention(pybind11::module_& kernels);
+void bind_autoencoder(pybind11::module_& kernels);
 
 }  // namespace cfrt

@@ -62,6 +62,15 @@ class NativeEngine:
         with _as_engine_errors():
             threads = kernels.Threads(spec.threads or physical_cores())
             self._dit = engine.Dit(_dit_config(spec.config), _Finite(dit), self.precision, threads)
+            self._autoencoder = kernels.Autoencoder(
+                dict(_Finite(autoencoder)),
+                channels=spec.config.latent_channels,
+                grid=spec.config.latent_grid,
+                widths=spec.config.autoencoder.widths,
+                precision=self.precision,
+                frames=spec.config.unit,
+                threads=threads,
+            )
         self._decoded = 0  # units decoded: the next one's number
         self._previous: np.ndarray | None = None
         self._before: tuple[int, np.ndarray | None] = (0, None)
@@ -84,6 +93,15 @@ class NativeEngine:
     def commit(self, latents: np.ndarray, unit: int) -> None:
         with _as_engine_errors():
             self._dit.commit(latents, unit)
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        return self._autoencoder.encode(np.ascontiguousarray(image))[None, None]
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        self._before = (self._decoded, self._previous)
+        pixels = self._autoencoder.decode(latents[0], self._previous)
+        self._decoded, self._previous = self._decoded + 1, latents[0, -1]
+        return pixels
 
     def rewind(self, unit: int) -> None:
         if unit < self._decoded:

@@ -88,7 +88,7 @@ def test_decoding(widths: str, channels: int, starts: bool, precision: str, isa:
     latents = latents_of(made, 2, grid)
     previous = None if starts else latents_of(made, 1, grid, seed=1)[0]
     exact = decoded(made, latents, previous, torch.float64)
-    assert 0.3 < ((exact > 0) & (exact < 255)).double().mean() and exact.std() > 10, "a picture that shows an error"
+    assert ((exact > 0) & (exact < 255)).double().mean() > 0.3 and exact.std() > 10, "a picture that shows an error"
     got = native(made, grid, precision, isa=isa).decode(latents, previous)
     assert got.shape == (5 if starts else 8, 16 * grid[0], 16 * grid[1], 3)
     own = (torch.from_numpy(got).double() - exact).abs()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+
 from _cfrt import Geometry, Noise, engine, kernels
 
 from .. import shapes

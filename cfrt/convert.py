@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .config import PRESETS, ModelConfig
 from .errors import WeightsError
@@ -29,8 +29,8 @@ from .weights import (
     to_diffusers,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Tensor = Any
+"""torch's; only `cfrt.weights` imports torch."""
 
 LAYOUTS = ("cfrt", "diffusers")
 FORMATS = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2)}
@@ -49,7 +49,7 @@ class Conversion:
     layout: str
     format: str
     checkpoint: Checkpoint = field(repr=False)
-    beside: "Mapping[str, Tensor]" = field(repr=False)
+    beside: Mapping[str, Tensor] = field(repr=False)
     """What goes along under its own name, such as `autoencoder.*`."""
 
     @property
@@ -101,7 +101,7 @@ class Conversion:
             out.flush()
             os.fsync(out.fileno())
 
-    def _tensors(self) -> "Iterator[tuple[str, Tensor]]":
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in sorted(self.checkpoint.shapes):
             yield name, self.checkpoint.tensor(name)
         yield from sorted(self.beside.items())

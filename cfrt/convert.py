@@ -118,6 +118,7 @@ def plan(
     format: str = "fp32",
     branch: str | None = None,
     autoencoder: str | Path | None = None,
+    taehv: str | Path | None = None,
 ) -> Conversion:
     """Opens `source` (see `cfrt.weights.open_checkpoint`) and checks that it is the transformer of `model`.
 
@@ -125,7 +126,7 @@ def plan(
         framewise/causal_forcing.pt.
     format: fp32 (exact), bf16 or fp16, of all tensors.
     branch: which dict of an official file; None = the one that its release names, else the average if there is one.
-    autoencoder: Wan2.1_VAE.pth, to go into a model folder of ours.
+    autoencoder, taehv: Wan2.1_VAE.pth and taew2_1.pth, to go into a model folder of ours.
 
     WeightsError when something is missing, damaged, or of another shape; it names the preset that would fit."""
     source = Path(source)
@@ -139,9 +140,10 @@ def plan(
         branch = OFFICIAL[config.name].branch
     checkpoint = open_checkpoint(source, branch)
     _check(checkpoint, config)
-    if autoencoder is not None and layout != "cfrt":
+    files = {"autoencoder": autoencoder, "taehv": taehv}
+    beside = {f"{prefix}.{n}": x for prefix, path in files.items() if path for n, x in read_torch(Path(path)).items()}
+    if beside and layout != "cfrt":
         raise WeightsError("a diffusers transformer folder holds no autoencoder; leave it out or choose layout 'cfrt'")
-    beside = {} if autoencoder is None else {f"autoencoder.{n}": x for n, x in read_torch(Path(autoencoder)).items()}
     return Conversion(config=config, layout=layout, format=format, checkpoint=checkpoint, beside=beside)
 
 

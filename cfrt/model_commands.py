@@ -38,6 +38,8 @@ class Convert:
     """generator_ema, generator or model. Default: the one that the release names for this file."""
     autoencoder: Path | None = None
     """Wan2.1_VAE.pth, to go into the model folder."""
+    taehv: Path | None = None
+    """taew2_1.pth, the small decoder, likewise."""
 
     def run(self) -> None:
         from .convert import plan
@@ -49,6 +51,7 @@ class Convert:
             format=self.format,
             branch=self.branch,
             autoencoder=self.autoencoder,
+            taehv=self.taehv,
         )
         with _bar(conversion.size, "converting") as bar:
             conversion.run(self.target, bar.update)
@@ -98,7 +101,7 @@ class Pull:
         """The model folder, from files that are here."""
         from . import hub
         from .convert import plan
-        from .official import AUTOENCODER, OFFICIAL
+        from .official import AUTOENCODER, OFFICIAL, TAEHV
 
         folder = hub.model_folder(self.model)
         if not folder.exists():
@@ -108,6 +111,7 @@ class Pull:
                 format=self.format,
                 branch=OFFICIAL[self.model].branch,
                 autoencoder=hub.fetch(AUTOENCODER),
+                taehv=hub.fetch(TAEHV) if self.decoder == "taehv" else None,
             )
             with _bar(conversion.size, "converting") as bar:
                 conversion.run(folder, bar.update)

@@ -22,9 +22,12 @@ class File:
 
     @property
     def address(self) -> str:
-        """Where a person finds it."""
-        base = self.repository if "://" in self.repository else f"https://huggingface.co/{self.repository}"
-        return f"{base}/{self.path}" if "://" in self.repository else f"{base}/blob/main/{self.path}"
+        """Where a person finds it: of several files, their folder."""
+        if "://" in self.repository:
+            return f"{self.repository}/{self.path}"
+        folder, _, name = self.path.rpartition("/")
+        base = f"https://huggingface.co/{self.repository}"
+        return f"{base}/tree/main/{folder}".rstrip("/") if "*" in name else f"{base}/blob/main/{self.path}"
 
 
 RELEASE = "zhuhz22/Causal-Forcing"

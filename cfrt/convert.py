@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from . import shapes
 from .config import PRESETS, ModelConfig
 from .errors import WeightsError
 from .official import OFFICIAL, preset_of
@@ -22,7 +23,6 @@ from .weights import (
     WEIGHTS_FILE,
     Checkpoint,
     as_bytes,
-    dit_shapes,
     match_shapes,
     open_checkpoint,
     read_torch,
@@ -159,11 +159,11 @@ def _config(source: Path, model: str | ModelConfig | None, own: bool) -> ModelCo
     return PRESETS[name]
 
 
-def closest(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def closest(found: Mapping[str, tuple[int, ...]]) -> str | None:
     """The preset most of whose tensors are there in the same shape, if half of them are."""
-    shared = {name: len(dit_shapes(config).items() & shapes.items()) for name, config in PRESETS.items()}
+    shared = {name: len(shapes.dit(config).items() & found.items()) for name, config in PRESETS.items()}
     best = max(shared, key=lambda name: shared[name])
-    return best if 2 * shared[best] > len(dit_shapes(PRESETS[best])) else None
+    return best if 2 * shared[best] > len(shapes.dit(PRESETS[best])) else None
 
 
 def diffusers_config(config: ModelConfig) -> dict[str, Any]:
@@ -188,19 +188,19 @@ def diffusers_config(config: ModelConfig) -> dict[str, Any]:
 
 def _check(checkpoint: Checkpoint, config: ModelConfig) -> None:
     try:
-        match_shapes(dit_shapes(config), checkpoint.shapes)
+        match_shapes(shapes.dit(config), checkpoint.shapes)
     except WeightsError as error:
         near = closest(checkpoint.shapes)
         hint = f"The closest preset is {near!r}." if near and near != config.name else "No preset fits better."
         raise WeightsError(f"{checkpoint.path} against {config.name!r}: {error} {hint}") from error
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], format: str, metadata: Mapping[str, str]) -> bytes:
+def _header(layout: Mapping[str, tuple[int, ...]], format: str, metadata: Mapping[str, str]) -> bytes:
     """What a safetensors file begins with: the library itself writes whole files from memory only."""
     dtype, size = FORMATS[format]
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
-    for name, shape in shapes.items():
+    for name, shape in layout.items():
         start, at = at, at + size * prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, at]}
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from . import shapes
 from .config import AutoencoderConfig, ModelConfig
-from .weights import dit_shapes
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 DECODERS = ("wan", "taehv", "tiny")
@@ -116,7 +116,7 @@ def _stream_parts(setup: Setup) -> list[Part]:
 
 def parameters(config: ModelConfig) -> int:
     """Numbers in the transformer."""
-    return sum(map(prod, dit_shapes(config).values()))
+    return sum(map(prod, shapes.dit(config).values()))
 
 
 def ring(config: ModelConfig) -> int:

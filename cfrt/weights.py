@@ -4,13 +4,15 @@ A model is a folder with `config.json` and `model.safetensors`. Tensors are name
 `autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
 config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
 
-numpy throughout; torch is imported only to read `.pt` checkpoints.
+numpy throughout; torch is imported only to read `.pt` checkpoints. A model's file is mapped into memory: loading copies
+nothing, and an engine that packs its weights never holds them twice.
 """
 
 import json
 import os
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -32,7 +34,58 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
 """Differences that an error names before it counts the rest."""
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
+
+BF16 = np.dtype([("bits", np.uint16)])
+"""The upper half of an fp32, for which numpy has no type."""
+DTYPES: dict[str, Any] = {
+    "BF16": BF16,
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_},
+    **{f"{letter}{bits}": np.dtype(f"{letter.lower()}{bits // 8}").type for letter in "IU" for bits in (8, 16, 32, 64)},
+}
+"""What safetensors calls the formats that are read."""
+
+
+class MappedTensors(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file. Each look-up gives fp32 anew: a view of the file where it is stored so, else a
+    copy that the caller owns; whole numbers come as they are stored. Nothing can be written."""
+
+    def __init__(self, views: Mapping[str, np.ndarray]) -> None:
+        self._views = views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        view = self._views[name]
+        if view.dtype == BF16:
+            return (view["bits"].astype(np.uint32) << 16).view(np.float32)
+        return view.astype(np.float32, copy=False) if np.issubdtype(view.dtype, np.floating) else view
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def part(self, prefix: str) -> "MappedTensors":
+        """The tensors below `prefix.`, without it."""
+        return MappedTensors(_below(self._views, prefix))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: view.shape for name, view in self._views.items()}
+
+    def broken(self) -> list[str]:
+        """The tensors with values that are not finite."""
+        return [name for name, view in self._views.items() if not _finite(view)]
+
+
+def _finite(view: np.ndarray) -> bool:
+    """A block at a time: a large file is not to be held in memory for this."""
+    flat, block = view.reshape(-1), 1 << 22
+    parts = (flat[i : i + block] for i in range(0, len(flat), block))
+    exponent = 0x7F80
+    if view.dtype == BF16:
+        return all(((part["bits"] & exponent) != exponent).all() for part in parts)
+    return all(np.isfinite(part).all() for part in parts)
 
 
 # ---------------------------------------------------------------------- own folders
@@ -53,7 +106,7 @@ def save_model(folder: str | Path, config: ModelConfig, tensors: Mapping[str, np
 
 
 def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
-    """The config and all tensors of `save_model`, floats as fp32.
+    """The config and all tensors of `save_model`, floats as fp32, read from the mapped file when they are asked for.
 
     ConfigError for a bad config.json; WeightsError when the weights are missing, truncated, corrupt, not finite, or
     saved with another config. Whether every tensor is there is the reader's to say, through `match`.
@@ -62,20 +115,26 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
     if not folder.is_dir():
         raise WeightsError(f"expected a model folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     config = ModelConfig.load(folder / CONFIG_FILE)
-    tensors, metadata = _read_safetensors(folder / WEIGHTS_FILE)
+    tensors, metadata = _map_safetensors(folder / WEIGHTS_FILE)
     if "config" in metadata:
         _check_same(config, metadata["config"], folder)
     return config, tensors
 
 
-def part(tensors: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+def part(tensors: Arrays, prefix: str) -> Arrays:
     """The tensors below `prefix.`, without it: part(tensors, "dit") has Wan's names."""
+    return tensors.part(prefix) if isinstance(tensors, MappedTensors) else _below(tensors, prefix)
+
+
+def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(prefix + ".")}
 
 
 def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
     """WeightsError that lists what is missing, extra or misshapen, unless `got` is exactly what is `expected`."""
-    match_shapes(expected, {name: tuple(x.shape) for name, x in got.items()})
+    match_shapes(
+        expected, got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
+    )
 
 
 def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -120,24 +179,33 @@ def _replacing(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+def _map_safetensors(path: Path) -> tuple[MappedTensors, dict[str, str]]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        with safe_open(path, framework="numpy") as file:  # checks the header against the size of the file
             metadata = file.metadata() or {}
+        tensors = MappedTensors(_views(path))
     except FileNotFoundError as error:
         raise WeightsError(f"expected weights at {path}, found no such file") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}); fetch or export it again") from error
-    loaded = {name: _loaded(x) for name, x in tensors.items()}
-    broken = [name for name, x in loaded.items() if x.dtype == np.float32 and not np.isfinite(x).all()]
-    if broken:
+    if broken := tensors.broken():
         raise WeightsError(f"{path} is damaged: {_listed('tensors with values that are not finite', broken)[0]}")
-    return loaded, metadata
+    return tensors, metadata
 
 
-def _loaded(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
+def _views(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor as a view of the file: 8 bytes with the length of the header, the header in JSON, then the data."""
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    (length,) = struct.unpack("<Q", content[:8].tobytes())
+    views = {}
+    for name, entry in json.loads(content[8 : 8 + length].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is stored as {entry['dtype']}, which this reader does not know")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        views[name] = content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return views
 
 
 def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:
@@ -202,33 +270,6 @@ def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> s
     if stem not in table:
         raise WeightsError(f"expected a tensor of a Wan video transformer, got one called {name!r}")
     return f"{place or ''}{table[stem]}{kind or ''}"
-
-
-def dit_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the DiT, Wan's names (arXiv:2503.20314): 825 of them in the 1.3B model."""
-    d, f = config.width, config.ffn
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embedding.weight": (d, config.latent_channels, *config.patch),
-        "patch_embedding.bias": (d,),
-        "head.modulation": (1, 2, d),
-    }
-    linear = {
-        "text_embedding.0": (d, config.text.width),
-        "text_embedding.2": (d, d),
-        "time_embedding.0": (d, config.time_width),
-        "time_embedding.2": (d, d),
-        "time_projection.1": (6 * d, d),
-        "head.head": (config.patch_width, d),
-    }
-    for block in (f"blocks.{i}." for i in range(config.depth)):
-        shapes |= {f"{block}modulation": (1, 6, d), f"{block}norm3.weight": (d,), f"{block}norm3.bias": (d,)}
-        linear |= {f"{block}ffn.0": (f, d), f"{block}ffn.2": (d, f)}
-        for attention in ("self_attn", "cross_attn"):
-            linear |= {f"{block}{attention}.{name}": (d, d) for name in "qkvo"}
-            shapes |= {f"{block}{attention}.norm_{name}.weight": (d,) for name in "qk"}
-    for name, shape in linear.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cfrt import convert, weights
+from cfrt import convert, shapes, weights
 from cfrt.config import PRESETS
 from cfrt.errors import WeightsError
 from cfrt.nn.dit import CausalDiT
@@ -54,13 +54,13 @@ def test_shapes_of_every_preset(name):
     """The closed form against the network itself."""
     with torch.device("meta"):
         network = CausalDiT(PRESETS[name]).state_dict()
-    assert weights.dit_shapes(PRESETS[name]) == {n: tuple(x.shape) for n, x in network.items()}
+    assert shapes.dit(PRESETS[name]) == {n: tuple(x.shape) for n, x in network.items()}
 
 
 def test_full_size_counts():
-    shapes = weights.dit_shapes(PRESETS["wan-1.3b-framewise-2step"])
-    assert len(shapes) == 825
-    assert sum(np.prod(shape) for shape in shapes.values()) == 1_418_996_800
+    full = shapes.dit(PRESETS["wan-1.3b-framewise-2step"])
+    assert len(full) == 825
+    assert sum(np.prod(shape) for shape in full.values()) == 1_418_996_800
 
 
 def test_into_ours(tmp_path, official, state):
@@ -81,6 +81,18 @@ def test_formats(tmp_path, official, state, format, dtype):
     convert.plan(official, model=CONFIG, format=format).run(tmp_path / "model")
     stored = read(tmp_path / "model" / weights.WEIGHTS_FILE)
     assert all(torch.equal(stored[f"dit.{name}"], x.to(dtype)) for name, x in state.items())
+    _, loaded = weights.load_model(tmp_path / "model")
+    assert all(np.array_equal(loaded[f"dit.{name}"], x.to(dtype).float().numpy()) for name, x in state.items())
+
+
+def test_a_bf16_that_is_not_finite_is_noticed(tmp_path, official):
+    convert.plan(official, model=CONFIG, format="bf16").run(tmp_path / "model")
+    path = tmp_path / "model" / weights.WEIGHTS_FILE
+    content = bytearray(path.read_bytes())
+    content[-2:] = b"\xc0\x7f"  # the last number becomes NaN
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="not finite"):
+        weights.load_model(tmp_path / "model")
 
 
 def test_diffusers_takes_it(tmp_path, official, state):
@@ -150,7 +162,7 @@ def test_an_empty_folder_and_a_broken_index(tmp_path):
 def test_the_wrong_preset_is_told_the_right_one(official, tmp_path):
     with pytest.raises(WeightsError, match=r"against 'tiny'.*missing.*No preset fits better"):
         convert.plan(official, model="tiny")
-    wide = {name: torch.empty(shape, device="meta") for name, shape in weights.dit_shapes(PRESETS["wan-14b"]).items()}
+    wide = {name: torch.empty(shape, device="meta") for name, shape in shapes.dit(PRESETS["wan-14b"]).items()}
     assert convert.closest({name: tuple(x.shape) for name, x in wide.items()}) == "wan-14b"
     assert convert.closest({"x": (1,)}) is None
 

@@ -1,4 +1,4 @@
-"""The command `cfrt`: generate, doctor, models.
+"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -23,6 +23,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, Us
 
 from . import __version__
 from .errors import CfrtError, VideoError
+from .model_commands import Convert, Plan, Pull
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -219,6 +220,9 @@ Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Models, subcommand("models")]
+    | Annotated[Pull, subcommand("pull")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Plan, subcommand("plan")]
 )
 
 

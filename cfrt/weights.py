@@ -13,11 +13,12 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -26,17 +27,23 @@ from safetensors.numpy import save as to_safetensors
 from .config import ModelConfig
 from .errors import WeightsError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
 """Differences that an error names before it counts the rest."""
 
 Arrays = Mapping[str, np.ndarray]
 
-DTYPES = {
+BF16 = np.dtype([("bits", np.uint16)])
+"""The upper half of an fp32, for which numpy has no type."""
+DTYPES: dict[str, Any] = {
+    "BF16": BF16,
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_},
     **{f"{letter}{bits}": np.dtype(f"{letter.lower()}{bits // 8}").type for letter in "IU" for bits in (8, 16, 32, 64)},
 }
-"""What safetensors calls the formats that numpy has."""
+"""What safetensors calls the formats that are read."""
 
 
 class MappedTensors(Mapping[str, np.ndarray]):
@@ -48,6 +55,8 @@ class MappedTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         view = self._views[name]
+        if view.dtype == BF16:
+            return (view["bits"].astype(np.uint32) << 16).view(np.float32)
         return view.astype(np.float32, copy=False) if np.issubdtype(view.dtype, np.floating) else view
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +75,17 @@ class MappedTensors(Mapping[str, np.ndarray]):
 
     def broken(self) -> list[str]:
         """The tensors with values that are not finite."""
-        return [name for name, view in self._views.items() if not np.isfinite(view).all()]
+        return [name for name, view in self._views.items() if not _finite(view)]
+
+
+def _finite(view: np.ndarray) -> bool:
+    """A block at a time: a large file is not to be held in memory for this."""
+    flat, block = view.reshape(-1), 1 << 22
+    parts = (flat[i : i + block] for i in range(0, len(flat), block))
+    exponent = 0x7F80
+    if view.dtype == BF16:
+        return all(((part["bits"] & exponent) != exponent).all() for part in parts)
+    return all(np.isfinite(part).all() for part in parts)
 
 
 # ---------------------------------------------------------------------- own folders
@@ -113,7 +132,13 @@ def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
     """WeightsError that lists what is missing, extra or misshapen, unless `got` is exactly what is `expected`."""
-    shapes = got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
+    match_shapes(
+        expected, got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
+    )
+
+
+def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`match`, for shapes alone."""
     common = sorted(expected.keys() & shapes.keys())
     differences = [
         *_listed("missing", sorted(expected.keys() - shapes.keys())),
@@ -247,16 +272,91 @@ def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> s
     return f"{place or ''}{table[stem]}{kind or ''}"
 
 
-def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
-    """A foreign DiT checkpoint, `.pt` or `.safetensors`, official or diffusers, as fp32 under Wan's names.
+@dataclass(frozen=True)
+class Source:
+    """Where one tensor of a checkpoint is."""
+
+    shape: tuple[int, ...]
+    read: "Callable[[], Tensor]"
+
+
+class Checkpoint:
+    """A foreign DiT checkpoint, opened: names and shapes at once, tensors one at a time and as they are stored."""
+
+    def __init__(self, path: str | Path, sources: Mapping[str, Source]) -> None:
+        self.path = Path(path)
+        plain = {from_wrapper(name).removeprefix("dit."): source for name, source in sources.items()}
+        if any(name.startswith("condition_embedder.") for name in plain):
+            plain = {from_diffusers(name): source for name, source in plain.items()}
+        self._sources = plain
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By Wan's names."""
+        return {name: source.shape for name, source in self._sources.items()}
+
+    def tensor(self, name: str) -> "Tensor":
+        """One tensor, read now."""
+        try:
+            return self._sources[name].read()
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise WeightsError(
+                f"{name} of {self.path} cannot be read ({_first_line(error)}); fetch it again"
+            ) from error
+
+
+def open_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
+    """A DiT checkpoint of any layout: an official `.pt`, a `.safetensors` file, Wan's or diffusers' folder (sharded or
+    not, or the whole pipeline), or a model folder of ours.
 
     branch: which of an official file's dicts to read (default: the first of BRANCHES that it has). Needs torch.
-    WeightsError when the file is missing, damaged, or holds no such thing. Only tensors are unpickled, never code.
+    WeightsError when the file is missing, damaged, half fetched, or holds no such thing. Only tensors are unpickled,
+    never code.
     """
-    state = {from_wrapper(name): tensor for name, tensor in _branch(_read_torch(Path(path)), branch, path).items()}
-    if any(name.startswith("condition_embedder.") for name in state):
-        state = {from_diffusers(name): tensor for name, tensor in state.items()}
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
+    path = Path(path)
+    if path.is_dir():
+        return Checkpoint(path, {name: x for file in _shards(path) for name, x in _open_safetensors(file).items()})
+    if not path.is_file():
+        raise WeightsError(f"expected a checkpoint at {path}, found no such file")
+    if path.suffix == ".safetensors":
+        return Checkpoint(path, _open_safetensors(path))
+    state = _branch(read_torch(path), branch, path)
+    return Checkpoint(path, {name: Source(tuple(x.shape), partial(_itself, x)) for name, x in state.items()})
+
+
+def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
+    """All of `open_checkpoint` as fp32 arrays under Wan's names."""
+    checkpoint = open_checkpoint(path, branch)
+    return {name: checkpoint.tensor(name).float().numpy() for name in checkpoint.shapes}
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; WeightsError for those that its index names and nobody fetched."""
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise WeightsError(f"expected .safetensors files in {folder}, found none")
+        return files
+    try:
+        files = sorted({folder / name for name in json.loads(indices[0].read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{indices[0]} is no index of safetensors files; fetch it again") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise WeightsError(f"{folder} is half fetched: {_listed('files missing', missing)[0]}")
+    return files
+
+
+def _open_safetensors(path: Path) -> dict[str, Source]:
+    _torch()
+    try:
+        file = safe_open(path, framework="pt")
+        names = [name for name in file.keys() if not name.startswith(("autoencoder.", "text."))]  # noqa: SIM118
+        return {name: Source(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
 
 
 def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, Any]:
@@ -270,18 +370,38 @@ def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, 
     return state
 
 
-def _read_torch(path: Path) -> Any:
+def _torch() -> Any:
     try:
         import torch
-        from safetensors.torch import load_file
     except ImportError as error:
         raise WeightsError("reading foreign checkpoints needs PyTorch: pip install 'cfrt[torch]'") from error
-    if not path.is_file():
-        raise WeightsError(f"expected a checkpoint at {path}, found no such file")
+    return torch
+
+
+def read_torch(path: Path) -> Any:
+    torch = _torch()
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is truncated, damaged or no checkpoint ({first_line}); fetch it again") from error
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is truncated, damaged or no checkpoint ({_first_line(error)}); fetch it again"
+        ) from error
+
+
+def as_bytes(name: str, tensor: "Tensor", format: str) -> memoryview:
+    """A tensor's numbers as fp32, bf16 or fp16; WeightsError when one is not finite in that format."""
+    torch = _torch()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[format]
+    stored = tensor.detach().to(dtype).contiguous()
+    if not stored.isfinite().all():
+        raise WeightsError(f"{name} holds values that are not finite in {format}; nothing was written")
+    numbers: memoryview = stored.reshape(-1).view(torch.uint8).numpy().data
+    return numbers
+
+
+def _itself(tensor: "Tensor") -> "Tensor":
+    return tensor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -66,11 +66,22 @@ class AutoencoderConfig:
     temporal: int = 4
     widths: tuple[int, ...] = ()
     """Channels of each level, from pixels to latents; empty where the kind fixes them."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    """Of each latent channel, where the autoencoder's weights do not hold them; empty = 0 and 1."""
 
     def __post_init__(self) -> None:
         _require(self.kind in AUTOENCODERS, f"autoencoder kind to be one of {', '.join(AUTOENCODERS)}", self.kind)
         _counts(self, "latent_channels", "spatial", "temporal")
         _require(all(width >= 1 for width in _tuple(self, "widths", int)), "autoencoder widths >= 1", self.widths)
+        for name in ("mean", "std"):
+            values = _tuple(self, name, float, self.latent_channels if getattr(self, name) else 0)
+            _require(name == "mean" or all(value > 0 for value in values), "latent std > 0", values)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of every latent channel."""
+        return self.mean or (0.0,) * self.latent_channels, self.std or (1.0,) * self.latent_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +304,17 @@ def _even(count: int) -> tuple[float, ...]:
     return tuple(1 - i / count for i in range(count))
 
 
+WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+"""Of the latents of Wan2.1_VAE.pth, from Wan2.1's own code."""
+
+
 def _wan(
     name: str, unit: int, steps: int, first: int | None = None, *, window: int = 21, sinks: int = 0
 ) -> ModelConfig:
@@ -306,7 +328,9 @@ def _wan(
         latent_channels=16,
         latent_grid=(60, 104),
         text=TextConfig(kind="umt5", width=4096, length=512),
-        autoencoder=AutoencoderConfig(kind="wan", latent_channels=16, spatial=8, widths=(96, 192, 384, 384)),
+        autoencoder=AutoencoderConfig(
+            kind="wan", latent_channels=16, spatial=8, widths=(96, 192, 384, 384), mean=WAN_MEAN, std=WAN_STD
+        ),
         unit=unit,
         window=window,
         sinks=sinks,

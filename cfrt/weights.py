@@ -188,6 +188,38 @@ def from_wrapper(name: str) -> str:
     return WRAPPERS.sub("", name).removeprefix("model.")
 
 
+_CONVOLUTIONS = {
+    r"conv_in\.": "conv1.",
+    r"norm_out\.": "head.0.",
+    r"conv_out\.": "head.2.",
+    r"mid_block\.resnets\.0\.": "middle.0.",
+    r"mid_block\.attentions\.0\.": "middle.1.",
+    r"mid_block\.resnets\.1\.": "middle.2.",
+    r"down_blocks\.(\d+)\.": r"downsamples.\1.",
+    r"\.norm1\.": ".residual.0.",
+    r"\.conv1\.": ".residual.2.",
+    r"\.norm2\.": ".residual.3.",
+    r"\.conv2\.": ".residual.6.",
+    r"\.conv_shortcut\.": ".shortcut.",
+}
+
+
+def vae_from_diffusers(name: str) -> str:
+    """The name in Wan2.1_VAE.pth of a tensor of diffusers' AutoencoderKLWan, which counts decoder layers by level."""
+    part, _, rest = name.partition(".")
+    if part in ("quant_conv", "post_quant_conv"):
+        return f"{'conv1' if part == 'quant_conv' else 'conv2'}.{rest}"
+    if level := re.match(r"up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", rest):
+        place = 4 * int(level[1]) + int(level[2] or 3)
+        rest = f"upsamples.{place}.{rest[level.end() :]}"
+    rest = f".{rest}"
+    for theirs, ours in reversed(_CONVOLUTIONS.items()):
+        rest = re.sub(theirs, ours, rest)
+    if part not in ("encoder", "decoder") or "_block" in rest:
+        raise WeightsError(f"expected a tensor of Wan's autoencoder, got one called {name!r}")
+    return part + rest
+
+
 def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> str:
     place, stem, kind = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
     table = block if place else outer

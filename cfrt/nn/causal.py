@@ -5,7 +5,8 @@ are zeros. A `Memory` carries them through one call of a network, in the order i
 was made from goes in, the list `left` comes out, and the two lists are the whole streaming state. Plain tensors, no
 attributes that change: a network that is called this way can be exported.
 
-Shapes: B clips, C channels, T frames, H x W pixels or cells."""
+Shapes: B clips, C channels, T frames, H x W pixels or cells; time is axis 2 of [B, C, T, H, W] or 1 of [B, T, C, H, W].
+"""
 
 from collections.abc import Sequence
 
@@ -13,22 +14,23 @@ import torch
 from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
-"""The frames that the layers of a network still need, [B, C, k - 1, H, W] each, in the order in which they run."""
+"""The frames that the layers of a network still need, k - 1 of them each, in the order in which the layers run."""
 
 
 class Memory:
-    """The state of one call: `past` from the call before, None where the clip starts."""
+    """The state of one call: `past` from the call before, None where the clip starts; `time` is the axis of frames."""
 
-    def __init__(self, past: Sequence[Tensor] | None) -> None:
+    def __init__(self, past: Sequence[Tensor] | None, time: int = 2) -> None:
         self.starts = past is None
         self.left: list[Tensor] = []
         self._past = iter(past or ())
+        self._time = time
 
     def extend(self, x: Tensor, frames: int) -> Tensor:
-        """x [B, C, T, H, W] after the `frames` frames that came before it: [B, C, frames + T, H, W]."""
-        before = x.new_zeros(_of_length(x, frames)) if self.starts else next(self._past)
-        joined = torch.cat([before, x], dim=2)
-        self.keep(joined[:, :, -frames:])
+        """x of T frames after the `frames` frames that came before it: frames + T of them."""
+        before = self._zeros(x, frames) if self.starts else next(self._past)
+        joined = torch.cat([before, x], dim=self._time)
+        self.keep(joined.narrow(self._time, x.shape[self._time], frames))
         return joined
 
     def keep(self, frames: Tensor) -> None:
@@ -37,7 +39,12 @@ class Memory:
 
     def start_later(self, x: Tensor, frames: int) -> None:
         """The layer is left out of this call, and begins with the next one as at the start of a clip."""
-        self.left.append(x.new_zeros(_of_length(x, frames)))
+        self.left.append(self._zeros(x, frames))
+
+    def _zeros(self, x: Tensor, frames: int) -> Tensor:
+        shape = list(x.shape)
+        shape[self._time] = frames
+        return x.new_zeros(shape)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -49,7 +56,3 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:  # type: ignore[override]
         return super().forward(memory.extend(x, self.back))
-
-
-def _of_length(x: Tensor, frames: int) -> list[int]:
-    return [*x.shape[:2], frames, *x.shape[3:]]

@@ -220,6 +220,28 @@ def vae_from_diffusers(name: str) -> str:
     return part + rest
 
 
+_T5 = {
+    "norm1": "layer.0.layer_norm",
+    **{f"attn.{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def umt5_from_official(name: str) -> str:
+    """The name in transformers' UMT5EncoderModel of a tensor of models_t5_umt5-xxl-enc-bf16.pth."""
+    outer = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+    if name in outer:
+        return outer[name]
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+    if block is None or block[2] not in _T5:
+        raise WeightsError(f"expected a tensor of umT5's encoder, got one called {name!r}")
+    return f"encoder.block.{block[1]}.{_T5[block[2]]}.weight"
+
+
 def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> str:
     place, stem, kind = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
     table = block if place else outer
@@ -234,7 +256,7 @@ def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
     branch: which of an official file's dicts to read (default: the first of BRANCHES that it has). Needs torch.
     WeightsError when the file is missing, damaged, or holds no such thing. Only tensors are unpickled, never code.
     """
-    state = {from_wrapper(name): tensor for name, tensor in _branch(_read_torch(Path(path)), branch, path).items()}
+    state = {from_wrapper(name): tensor for name, tensor in _branch(read_torch(Path(path)), branch, path).items()}
     if any(name.startswith("condition_embedder.") for name in state):
         state = {from_diffusers(name): tensor for name, tensor in state.items()}
     return {name: tensor.float().numpy() for name, tensor in state.items()}
@@ -251,7 +273,7 @@ def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, 
     return state
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
     try:
         import torch
         from safetensors.torch import load_file

@@ -182,8 +182,12 @@ class WanVAE(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised latents [B, n, C, h, w] of a clip [B, 1 + 4 (n - 1), 3, H, W] in [0, 1] that starts at its first
-        frame: the mean of the posterior, as every sampler of these models takes it."""
-        return self.encode_on(video)[0]
+        frame: the mean of the posterior, as every sampler of these models takes it. A latent frame at a time."""
+        parts, state = [], None
+        for piece in _pieces(video, self.temporal):
+            latents, state = self.encode_on(piece, state)
+            parts.append(latents)
+        return torch.cat(parts, dim=1)
 
     def encode_on(self, video: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The same for a piece of a clip, and the next state: 1 + 4 k frames at its start (`state` None), 4 k later."""
@@ -248,6 +252,11 @@ def _through(layers: nn.ModuleList, x: Tensor, memory: Memory) -> Tensor:
     for layer in layers:
         x = layer(x, memory) if isinstance(layer, LOOKING_BACK) else layer(x)
     return x
+
+
+def _pieces(video: Tensor, temporal: int) -> tuple[Tensor, ...]:
+    """The first frame, then `temporal` at a time: [B, f, 3, H, W] each."""
+    return (video[:, :1], *(video[:, 1:].split(temporal, dim=1) if video.shape[1] > 1 else ()))
 
 
 def _frames(x: Tensor) -> Tensor:

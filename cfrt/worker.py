@@ -256,6 +256,7 @@ class Worker:
         arXiv:2602.02214's code)."""
         given = self._continued()
         if unit < len(given):
+            self._settle()  # no pass of this unit will take the commit along
             return given[unit]
         engine, config = self._engine, self._config
         levels = flow.sigmas(config.unit_steps(unit - len(given)), config.shift)

@@ -11,17 +11,19 @@ import pytest
 import torch
 from student_fixture import save_student
 from torch import Tensor
-from wan_fixture import BAD, FOX, SNOW, save_wan, wan_config
+from wan_fixture import BAD, FOX, SNOW, save_wan, wan_config, wan_weights
 
 import cfrt
 from cfrt import flow, noise
-from cfrt.config import ModelConfig
+from cfrt.cli import main
+from cfrt.config import PRESETS, ModelConfig
 from cfrt.errors import EngineError, PromptError, VideoError, WeightsError
 from cfrt.nn.codec import codec, tiny_decoder
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.tiles import Tiling
 from cfrt.text import encoder
-from cfrt.weights import load_model, part
+from cfrt.video import read_film, write
+from cfrt.weights import load_model, part, save_model
 
 pytestmark = pytest.mark.cpu
 
@@ -209,9 +211,6 @@ def test_the_small_decoder_takes_the_place_of_the_large_one(
 
 def test_a_model_may_have_no_other_decoder(folder: Callable[..., Path], tmp_path: Path) -> None:
     """Kind "taehv": the folder holds taew2_1.pth as its autoencoder, which cannot read pictures."""
-    from wan_fixture import wan_weights
-
-    from cfrt.weights import save_model
 
     config = wan_config()
     weights = wan_weights(config, taehv=True)
@@ -305,6 +304,45 @@ def test_a_snapshot_of_another_decoder_is_refused(
 # ---------------------------------------------------------------------- manners
 
 
+def test_the_command_goes_on_from_the_end_of_a_film(
+    folder: Callable[..., Path], stream: Callable[..., cfrt.Stream], tmp_path: Path
+) -> None:
+    """30 frames in a file; the model was trained on 6 latent frames, which are 21."""
+    model, film_file = folder(**GEOMETRIES[1]), tmp_path / "film.y4m"
+    write(film(30), film_file, fps=16.0)
+    read = read_film(film_file, (16, 32), 16.0, 21)
+    expected = pixels(stream(model, prefix=read, precision="fp32").frames(40))
+    out = tmp_path / "out.y4m"
+    asked = ["generate", FOX, "--model", str(model), "--prefix", str(film_file), "--seconds", "2.5", "--seed", "7"]
+    assert main([*asked, "-q", "-o", str(out)]) == 0
+    write(expected, tmp_path / "expected.y4m", fps=16.0)
+    assert out.read_bytes() == (tmp_path / "expected.y4m").read_bytes()
+
+
+def test_the_command_passes_on_what_it_is_asked(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def watch(prompt: str, **asked: Any) -> None:
+        seen.update(asked)
+        raise EngineError("enough")
+
+    monkeypatch.setattr("cfrt.stream.Stream", watch)
+    asked = ["--guidance", "2.5", "--negative", BAD, "--decoder", "taehv", "--tile", "8"]
+    assert main(["generate", FOX, "--model", str(folder()), *asked, "-o", str(tmp_path / "x.mp4")]) == 1
+    assert (seen["guidance"], seen["negative"], seen["decoder"], seen["tile"]) == (2.5, BAD, "taehv", 8)
+    assert (seen["image"], seen["prefix"]) == (None, None)
+
+
+def test_a_film_too_short_for_a_unit(folder: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    film_file = tmp_path / "film.y4m"
+    write(film(8), film_file, fps=16.0)
+    asked = ["generate", FOX, "--model", str(folder(**GEOMETRIES[1])), "--prefix", str(film_file)]
+    assert main([*asked, "-o", str(tmp_path / "x.y4m")]) == 1
+    assert "expected at least 9 frames" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("frames", [0, 2, 8, 10])
 def test_films_fill_whole_units(frames: int, folder: Callable[..., Path], stream: Callable[..., cfrt.Stream]) -> None:
     with pytest.raises(VideoError, match=r"whole units have \(9, 21, 33, 45, ...\)"):
@@ -341,8 +379,6 @@ def test_a_table_has_no_other_reader(tmp_path: Path) -> None:
 
 def test_the_presets_that_are_teachers() -> None:
     """48 Euler steps on the shift-5 grid, guidance 3 against Wan's own negative prompt."""
-    from cfrt.config import PRESETS
-
     for name in ("wan-1.3b-chunkwise-ar", "wan-1.3b-framewise-ar"):
         config: ModelConfig = PRESETS[name]
         assert (config.solver, config.guidance) == ("euler", 3.0)

@@ -147,6 +147,35 @@ def test_the_preset_is_the_official_size() -> None:
     assert sum(x.numel() for x in model.parameters()) == 126_892_531
 
 
+@pytest.mark.slow
+def test_the_official_size_equals_diffusers() -> None:
+    """Widths 96 to 384, in fp32: encode a clip of five frames, decode two latent frames."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLWan().eval().requires_grad_(False)
+    with torch.device("meta"):
+        ours = WanVAE(PRESETS["wan-1.3b-framewise-2step"].autoencoder)
+    state = {weights.vae_from_diffusers(name): x for name, x in theirs.state_dict().items()}
+    ours.load_state_dict(state, assign=True)
+    video = clip(5).float()
+    close(ours.encode(video), their_encoding(theirs, video), 2e-5)
+    latents = noise(2).float()
+    close(ours.decode(latents)[0].clamp(0, 1), their_decoding(theirs, latents), 2e-5)
+
+
+def test_the_streaming_state_is_what_the_decoder_of_the_paper_keeps() -> None:
+    """At 480 x 832: 944.3 million numbers, two frames before each of 32 causal convolutions and 2 at half rate."""
+    config = PRESETS["wan-1.3b-framewise-2step"]
+    with torch.device("meta"):
+        model = WanVAE(config.autoencoder)
+        video, state = model.decode(torch.empty(1, 1, config.latent_channels, *config.latent_grid))
+        further, again = model.decode(torch.empty(1, 1, config.latent_channels, *config.latent_grid), state)
+    assert video.shape == (1, 1, 3, 480, 832)
+    assert further.shape == (1, 4, 3, 480, 832)
+    assert [x.shape for x in again] == [x.shape for x in state]
+    assert len(state) == 32
+    assert round(sum(x.numel() for x in state) / 1e6, 1) == 944.3
+
+
 # ---------------------------------------------------------------------- theorem 3: streaming == offline
 
 

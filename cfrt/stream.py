@@ -92,7 +92,7 @@ class Stream:
         decoder: str | None = None,
         tile: int | None = None,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         threads: int | None = None,
     ) -> None:
         born = perf_counter()
@@ -119,8 +119,8 @@ class Stream:
         chosen, self.refusals = choose(engine, spec)
         made = chosen()
         made.prepare(spec)
-        self.engine, self.seed = chosen.name, seed
-        self._identity = (self.config.name, self.engine, device, precision, seed)
+        self.engine, self.precision, self.seed = chosen.name, made.precision, seed
+        self._identity = (self.config.name, self.engine, device, self.precision, seed)
         self._prompt = prompt
         timeline = Timeline(prompt, encoded.rows)
         self._worker = Worker(made, self.config, timeline, fps=beat, live=keep == "latest", prefix=prefix, born=born)

@@ -20,7 +20,7 @@ from ..errors import EngineError
 Latents = Any
 """One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16", "fp64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class Spec:
     """`dit.*` by Wan's names, `autoencoder.*`, fp32."""
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N"."""
-    precision: str = "fp32"
+    precision: str = "auto"
+    """One of PRECISIONS; "auto" leaves it to the engine, which takes the fastest that is good enough."""
     seed: int = 0
     threads: int | None = None
     """CPU threads; None leaves the engine's own default."""
@@ -79,6 +80,8 @@ class Engine(Protocol):
     """Can `denoise` take the previous unit's commit into its own pass?"""
     features: ClassVar[frozenset[str]]
     """Those of `Spec.features` that it has; an engine that does not say has none."""
+    precision: str
+    """What it computes in, once it is prepared: never "auto"."""
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -147,12 +150,13 @@ class _Entry:
     name: str
     needs: tuple[str, ...]
     """Importable modules without which the engine's own module cannot be imported."""
-    extra: str
+    package: str
     """What to install where they are missing."""
 
 
 _ENGINES = {
-    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), extra="torch"),
+    "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
+    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
 }
 """Every engine of this build, the preferred one first."""
 
@@ -167,7 +171,7 @@ def refusal(name: str, spec: Spec) -> str | None:
     entry = _ENGINES[name]
     missing = [module for module in entry.needs if find_spec(module) is None]
     if missing:
-        return f"{', '.join(missing)} is not installed: pip install 'cfrt[{entry.extra}]'"
+        return f"{', '.join(missing)} is not installed: pip install {entry.package}"
     engine = _load(name)
     lacking = sorted(spec.features - getattr(engine, "features", frozenset()))
     return f"it cannot do {' or '.join(lacking)}" if lacking else engine.supported(spec)

@@ -55,6 +55,8 @@ class TorchEngine:
             return "TAEHV does not read pictures: use a model with Wan's autoencoder, and decoder 'taehv'"
         if spec.decoder == "taehv" and kind != "wan":
             return f"TAEHV decodes the latents of Wan's autoencoder, not those of kind {kind!r}"
+        if spec.precision not in ("auto", *DTYPES):
+            return f"it computes in {', '.join(DTYPES)}, not in {spec.precision!r}"
         if spec.device.split(":")[0] not in ("cpu", "cuda"):
             return f"it runs on cpu, cuda or cuda:N, not on {spec.device!r}"
         if spec.device != "cpu" and not torch.cuda.is_available():
@@ -65,7 +67,8 @@ class TorchEngine:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self._config, self._seed = spec.config, spec.seed
-        self._device, self._dtype = torch.device(spec.device), DTYPES[spec.precision]
+        self.precision = "fp32" if spec.precision == "auto" else spec.precision
+        self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)

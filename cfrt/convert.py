@@ -15,22 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from . import shapes
+from .checkpoint import Checkpoint, as_bytes, open_checkpoint, read_torch
 from .config import PRESETS, ModelConfig
 from .errors import WeightsError
 from .official import OFFICIAL, preset_of
-from .weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Checkpoint,
-    as_bytes,
-    match_shapes,
-    open_checkpoint,
-    read_torch,
-    to_diffusers,
-)
+from .weights import CONFIG_FILE, WEIGHTS_FILE, match_shapes, to_diffusers
 
 Tensor = Any
-"""torch's; only `cfrt.weights` imports torch."""
+"""torch's; only `cfrt.checkpoint` imports torch."""
 
 LAYOUTS = ("cfrt", "diffusers")
 FORMATS = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "fp16": ("F16", 2)}
@@ -120,7 +112,7 @@ def plan(
     autoencoder: str | Path | None = None,
     taehv: str | Path | None = None,
 ) -> Conversion:
-    """Opens `source` (see `cfrt.weights.open_checkpoint`) and checks that it is the transformer of `model`.
+    """Opens `source` (see `cfrt.checkpoint.open_checkpoint`) and checks that it is the transformer of `model`.
 
     model: a preset's name or a config; None = what the folder's own config says, or the released file's name, such as
         framewise/causal_forcing.pt.

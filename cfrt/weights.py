@@ -4,21 +4,19 @@ A model is a folder with `config.json` and `model.safetensors`. Tensors are name
 `autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
 config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
 
-numpy throughout; torch is imported only to read `.pt` checkpoints. A model's file is mapped into memory: loading copies
+numpy throughout. A model's file is mapped into memory: loading copies
 nothing, and an engine that packs its weights never holds them twice.
 """
 
 import json
 import os
-import pickle
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -26,9 +24,6 @@ from safetensors.numpy import save as to_safetensors
 
 from .config import ModelConfig
 from .errors import WeightsError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
@@ -141,9 +136,9 @@ def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, t
     """`match`, for shapes alone."""
     common = sorted(expected.keys() & shapes.keys())
     differences = [
-        *_listed("missing", sorted(expected.keys() - shapes.keys())),
-        *_listed("unknown", sorted(shapes.keys() - expected.keys())),
-        *_listed(
+        *listed("missing", sorted(expected.keys() - shapes.keys())),
+        *listed("unknown", sorted(shapes.keys() - expected.keys())),
+        *listed(
             "of another shape",
             [f"{n} (expected {expected[n]}, got {shapes[n]})" for n in common if tuple(expected[n]) != shapes[n]],
         ),
@@ -152,7 +147,7 @@ def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, t
         raise WeightsError(f"the weights do not fit the model: {'; '.join(differences)}. Are they of another config?")
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
+def listed(what: str, names: list[str]) -> list[str]:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return [f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"] if names else []
 
@@ -189,7 +184,7 @@ def _map_safetensors(path: Path) -> tuple[MappedTensors, dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}); fetch or export it again") from error
     if broken := tensors.broken():
-        raise WeightsError(f"{path} is damaged: {_listed('tensors with values that are not finite', broken)[0]}")
+        raise WeightsError(f"{path} is damaged: {listed('tensors with values that are not finite', broken)[0]}")
     return tensors, metadata
 
 
@@ -222,9 +217,6 @@ def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- other people's names
-
-BRANCHES = ("generator_ema", "generator", "model")
-"""Top-level keys of the official checkpoints, in order of preference; their README says which one a file is read by."""
 
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
@@ -264,144 +256,63 @@ def from_wrapper(name: str) -> str:
     return WRAPPERS.sub("", name).removeprefix("model.")
 
 
+_CONVOLUTIONS = {
+    r"conv_in\.": "conv1.",
+    r"norm_out\.": "head.0.",
+    r"conv_out\.": "head.2.",
+    r"mid_block\.resnets\.0\.": "middle.0.",
+    r"mid_block\.attentions\.0\.": "middle.1.",
+    r"mid_block\.resnets\.1\.": "middle.2.",
+    r"down_blocks\.(\d+)\.": r"downsamples.\1.",
+    r"\.norm1\.": ".residual.0.",
+    r"\.conv1\.": ".residual.2.",
+    r"\.norm2\.": ".residual.3.",
+    r"\.conv2\.": ".residual.6.",
+    r"\.conv_shortcut\.": ".shortcut.",
+}
+
+
+def vae_from_diffusers(name: str) -> str:
+    """The name in Wan2.1_VAE.pth of a tensor of diffusers' AutoencoderKLWan, which counts decoder layers by level."""
+    part, _, rest = name.partition(".")
+    if part in ("quant_conv", "post_quant_conv"):
+        return f"{'conv1' if part == 'quant_conv' else 'conv2'}.{rest}"
+    if level := re.match(r"up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", rest):
+        place = 4 * int(level[1]) + int(level[2] or 3)
+        rest = f"upsamples.{place}.{rest[level.end() :]}"
+    rest = f".{rest}"
+    for theirs, ours in reversed(_CONVOLUTIONS.items()):
+        rest = re.sub(theirs, ours, rest)
+    if part not in ("encoder", "decoder") or "_block" in rest:
+        raise WeightsError(f"expected a tensor of Wan's autoencoder, got one called {name!r}")
+    return part + rest
+
+
+_T5 = {
+    "norm1": "layer.0.layer_norm",
+    **{f"attn.{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def umt5_from_official(name: str) -> str:
+    """The name in transformers' UMT5EncoderModel of a tensor of models_t5_umt5-xxl-enc-bf16.pth."""
+    outer = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+    if name in outer:
+        return outer[name]
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+    if block is None or block[2] not in _T5:
+        raise WeightsError(f"expected a tensor of umT5's encoder, got one called {name!r}")
+    return f"encoder.block.{block[1]}.{_T5[block[2]]}.weight"
+
+
 def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> str:
     place, stem, kind = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
     table = block if place else outer
     if stem not in table:
         raise WeightsError(f"expected a tensor of a Wan video transformer, got one called {name!r}")
     return f"{place or ''}{table[stem]}{kind or ''}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one tensor of a checkpoint is."""
-
-    shape: tuple[int, ...]
-    read: "Callable[[], Tensor]"
-
-
-class Checkpoint:
-    """A foreign DiT checkpoint, opened: names and shapes at once, tensors one at a time and as they are stored."""
-
-    def __init__(self, path: str | Path, sources: Mapping[str, Source]) -> None:
-        self.path = Path(path)
-        plain = {from_wrapper(name).removeprefix("dit."): source for name, source in sources.items()}
-        if any(name.startswith("condition_embedder.") for name in plain):
-            plain = {from_diffusers(name): source for name, source in plain.items()}
-        self._sources = plain
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By Wan's names."""
-        return {name: source.shape for name, source in self._sources.items()}
-
-    def tensor(self, name: str) -> "Tensor":
-        """One tensor, read now."""
-        try:
-            return self._sources[name].read()
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise WeightsError(
-                f"{name} of {self.path} cannot be read ({_first_line(error)}); fetch it again"
-            ) from error
-
-
-def open_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
-    """A DiT checkpoint of any layout: an official `.pt`, a `.safetensors` file, Wan's or diffusers' folder (sharded or
-    not, or the whole pipeline), or a model folder of ours.
-
-    branch: which of an official file's dicts to read (default: the first of BRANCHES that it has). Needs torch.
-    WeightsError when the file is missing, damaged, half fetched, or holds no such thing. Only tensors are unpickled,
-    never code.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return Checkpoint(path, {name: x for file in _shards(path) for name, x in _open_safetensors(file).items()})
-    if not path.is_file():
-        raise WeightsError(f"expected a checkpoint at {path}, found no such file")
-    if path.suffix == ".safetensors":
-        return Checkpoint(path, _open_safetensors(path))
-    state = _branch(read_torch(path), branch, path)
-    return Checkpoint(path, {name: Source(tuple(x.shape), partial(_itself, x)) for name, x in state.items()})
-
-
-def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
-    """All of `open_checkpoint` as fp32 arrays under Wan's names."""
-    checkpoint = open_checkpoint(path, branch)
-    return {name: checkpoint.tensor(name).float().numpy() for name in checkpoint.shapes}
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; WeightsError for those that its index names and nobody fetched."""
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(f"expected .safetensors files in {folder}, found none")
-        return files
-    try:
-        files = sorted({folder / name for name in json.loads(indices[0].read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{indices[0]} is no index of safetensors files; fetch it again") from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise WeightsError(f"{folder} is half fetched: {_listed('files missing', missing)[0]}")
-    return files
-
-
-def _open_safetensors(path: Path) -> dict[str, Source]:
-    _torch()
-    try:
-        file = safe_open(path, framework="pt")
-        names = [name for name in file.keys() if not name.startswith(("autoencoder.", "text."))]  # noqa: SIM118
-        return {name: Source(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
-
-
-def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, Any]:
-    present = [name for name in BRANCHES if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
-    wanted = branch or (present[0] if present else None)
-    if wanted is not None and wanted not in present:
-        raise WeightsError(f"expected {wanted!r} in {path}, which has {', '.join(present) or 'no such branch'}")
-    state = content if wanted is None else content[wanted]
-    if not isinstance(state, Mapping) or not state or not all(hasattr(tensor, "numpy") for tensor in state.values()):
-        raise WeightsError(f"expected named tensors in {path}, or one of the dicts {', '.join(BRANCHES)}")
-    return state
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise WeightsError("reading foreign checkpoints needs PyTorch: pip install 'cfrt[torch]'") from error
-    return torch
-
-
-def read_torch(path: Path) -> Any:
-    torch = _torch()
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is truncated, damaged or no checkpoint ({_first_line(error)}); fetch it again"
-        ) from error
-
-
-def as_bytes(name: str, tensor: "Tensor", format: str) -> memoryview:
-    """A tensor's numbers as fp32, bf16 or fp16; WeightsError when one is not finite in that format."""
-    torch = _torch()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[format]
-    stored = tensor.detach().to(dtype).contiguous()
-    if not stored.isfinite().all():
-        raise WeightsError(f"{name} holds values that are not finite in {format}; nothing was written")
-    numbers: memoryview = stored.reshape(-1).view(torch.uint8).numpy().data
-    return numbers
-
-
-def _itself(tensor: "Tensor") -> "Tensor":
-    return tensor
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

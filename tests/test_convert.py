@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cfrt import convert, shapes, weights
+from cfrt import checkpoint, convert, shapes, weights
 from cfrt.config import PRESETS
 from cfrt.errors import WeightsError
 from cfrt.nn.dit import CausalDiT
@@ -120,7 +120,7 @@ def test_diffusers_and_back(tmp_path, official, state):
 def test_sharded_folders(tmp_path, state, pipeline):
     folder = tmp_path / "wan" / "transformer" if pipeline else tmp_path / "wan"
     write_shards(folder, state)
-    opened = weights.open_checkpoint(tmp_path / "wan")
+    opened = checkpoint.open_checkpoint(tmp_path / "wan")
     assert opened.shapes == {name: tuple(x.shape) for name, x in state.items()}
     assert all(torch.equal(opened.tensor(name), x) for name, x in state.items())
 
@@ -140,7 +140,7 @@ def test_half_fetched(tmp_path, state):
     write_shards(tmp_path / "wan", state)
     (tmp_path / "wan" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"half fetched: 1 files missing: diffusion_pytorch_model-00002"):
-        weights.open_checkpoint(tmp_path / "wan")
+        checkpoint.open_checkpoint(tmp_path / "wan")
 
 
 def test_truncated_shard(tmp_path, state):
@@ -148,15 +148,15 @@ def test_truncated_shard(tmp_path, state):
     path = tmp_path / "wan" / "diffusion_pytorch_model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(WeightsError, match="damaged"):
-        weights.open_checkpoint(tmp_path / "wan")
+        checkpoint.open_checkpoint(tmp_path / "wan")
 
 
 def test_an_empty_folder_and_a_broken_index(tmp_path):
     with pytest.raises(WeightsError, match=r"expected \.safetensors files"):
-        weights.open_checkpoint(tmp_path)
+        checkpoint.open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(WeightsError, match="no index"):
-        weights.open_checkpoint(tmp_path)
+        checkpoint.open_checkpoint(tmp_path)
 
 
 def test_the_wrong_preset_is_told_the_right_one(official, tmp_path):

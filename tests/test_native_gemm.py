@@ -371,7 +371,7 @@ def test_weights_refuse_what_they_cannot_hold() -> None:
     for bad in (np.nan, np.inf):
         w = normal(0, 3, 4)
         w[1, 2] = bad
-        with pytest.raises(ValueError, match="expected finite weights, got (-?nan|inf) in row 1"):
+        with pytest.raises(ValueError, match=r"expected finite weights, got (-?nan|inf) in row 1"):
             kernels.Weights(w, "int8")
     with pytest.raises(ValueError, match="expected at most 65536 inputs of an int8 product, got 65537"):
         kernels.Weights(np.zeros((1, 65537), np.float32), "int8")

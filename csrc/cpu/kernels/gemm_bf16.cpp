@@ -6,6 +6,7 @@
 namespace cfrt::CFRT_LEVEL {
 
 extern const GemmKernel gemm_bf16;
-constinit const GemmKernel gemm_bf16{kPanel, Bf16::kGroup, sizeof(Bf16::A), 0, tiles, run<Floating<Bf16>>};
+constinit const GemmKernel gemm_bf16{kPanel, Bf16::kGroup,          sizeof(Bf16::A),
+                                     0,      tiles<Floating<Bf16>>, run<Floating<Bf16>>};
 
 }  // namespace cfrt::CFRT_LEVEL

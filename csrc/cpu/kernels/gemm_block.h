@@ -7,14 +7,17 @@
 // High-Performance Matrix Multiplication", ACM TOMS 2008): weights come packed, and K is at most some thousands, so
 // that a panel fits in the second-level cache whole and neither K nor M has to be blocked.
 //
-// The ladder; GOP/s of one core, ceiling 118 in fp32, 236 in bf16, 473 in int8 (benchmarks/bench_kernels.py), measured
-// on an AMD EPYC (Zen 4, avx512bf16 but where another level is named) on 2026-11-25:
-//   1  this, with a micro-kernel for each number of rows up to 14, two vectors wide; rows shared evenly among the
-//      tiles of a panel, so that 15 rows are 7 + 8 and not 14 + 1
-//   2  what belongs to a column (bias, scale, offset) is fetched once a tile, not once a row
-//   3  up to six rows: two panels side by side, up to two rows four, since a few sums cannot fill the pipeline
-//   4  bf16 without its dot product: first the odd halves of all words, then the even ones, so that six rows fit into
-//      the sixteen registers of avx2
+// The ladder; GOP/s of one core, whose ceiling is 118 in fp32, 236 in bf16, 473 in int8 (benchmarks/bench_kernels.py);
+// measured on an AMD EPYC (Zen 4, avx512bf16 but where another level is named) on 2026-11-25:
+//   1  a micro-kernel for each number of rows up to 14, two vectors wide; rows shared evenly among the tiles of a
+//      panel, so that 15 rows are 7 + 8 and not 14 + 1            64 rows, K = 256: fp32 111, bf16 213, int8 390
+//   2  what belongs to a column (bias, scale, offset) is fetched once a tile, not once a row    114, 224, LADDER_INT8
+//   3  up to six rows: two panels side by side, up to two rows four, since a few sums cannot fill the pipeline; what
+//      stays is the bandwidth of the second-level cache            one row, K = 192: bf16 93 -> 107; two, K = 768: 156
+//      -> 184
+//   4  bf16 without its dot product: first the odd halves of all words, then the even ones, and a row less, so that
+//      all fits into the registers                               avx2, 12 rows: 77 -> 102; plain: 23 -> 29
+// Sums are vectors of int32 and not __m512i: GCC 12 copies the latter on every step (int8 then falls to 200).
 #pragma once
 
 #include "../simd.h"
@@ -33,6 +36,8 @@ constexpr int kVecs = 2, kRows = 6, kPairRows = 2, kQuadRows = 0;
 constexpr int kVecs = 2, kRows = 4, kPairRows = 2, kQuadRows = 0;
 #endif
 constexpr int kPanel = kVecs * kLanes;
+template <class Micro>
+constexpr int kMostRows = kRows + 1 - Micro::kSteps;  // taking numbers apart takes a register more
 constexpr int kSums = most(kRows, most(2 * kPairRows, 4 * kQuadRows)) * kPanel;
 
 struct Tile {
@@ -45,7 +50,7 @@ struct Tile {
 // Micro says what a product of numbers is:
 //   A, W, Sum      elements of a row, of a panel, of the result: float, or int32 for whole numbers
 //   kGroup         elements of K that lie together; kSteps: parts in which a group is added up
-//   kExact         groups that Acc holds without loss
+//   kExact         groups that Acc holds without loss, 0 where there is no bound
 //   Acc            vector of sums; dot(x, w, acc) adds products, with x = splat(step, row), w = load(step, panel)
 //   put(to, acc, first)  from Acc to Sum, adding unless it is the first
 //   Column(g, column).value(sum, row)  from kLanes Sums to numbers
@@ -54,7 +59,7 @@ struct Tile {
 template <class Dot>
 struct Floating : Dot {
     using Sum = float;
-    static constexpr std::int64_t kExact = INT64_MAX;
+    static constexpr std::int64_t kExact = 0;
 
     CFRT_INLINE static void put(float* to, Vec acc, bool) { store(to, acc); }
 
@@ -64,41 +69,56 @@ struct Floating : Dot {
     };
 };
 
+// The sums of R rows by V vectors over `groups`; every kVecs vectors the next panel begins, `panel` elements on.
+template <class Micro, int R, int V>
+CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Micro::A* a, std::int64_t stride,
+                            const typename Micro::W* w, std::int64_t panel, std::int64_t groups) {
+    constexpr int kGroup = Micro::kGroup;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
+    for (std::int64_t k = 0; k < groups; ++k, w += kGroup * kPanel) {
+#pragma GCC unroll 2
+        for (int step = Micro::kSteps - 1; step >= 0; --step) {
+            if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
+            decltype(Micro::load(step, w)) b[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) b[v] = Micro::load(step, w + v / kVecs * panel + v % kVecs * kGroup * kLanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const auto x = Micro::splat(step, a + r * stride + kGroup * k);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) acc[r][v] = Micro::dot(x, b[v], acc[r][v]);
+            }
+        }
+    }
+}
+
 // R rows by P panels, `panel` elements apart: sums [P][R][kPanel].
 template <class Micro, int R, int P>
 void block(const typename Micro::A* a, std::int64_t stride, const typename Micro::W* w, std::int64_t panel,
            std::int64_t groups, typename Micro::Sum* sums) {
-    constexpr int V = P * kVecs, kGroup = Micro::kGroup;
-    for (bool first = true; groups > 0; first = false) {
-        typename Micro::Acc acc[R][V];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
-        const std::int64_t now = least<std::int64_t>(groups, Micro::kExact);
-        groups -= now;
-        for (std::int64_t k = 0; k < now; ++k, a += kGroup, w += kGroup * kPanel) {
-#pragma GCC unroll 2
-            for (int step = Micro::kSteps - 1; step >= 0; --step) {
-                if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
-                decltype(Micro::load(step, w)) b[V];
-#pragma GCC unroll 8
-                for (int v = 0; v < V; ++v)
-                    b[v] = Micro::load(step, w + v / kVecs * panel + v % kVecs * kGroup * kLanes);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    const auto x = Micro::splat(step, a + r * stride);
-#pragma GCC unroll 8
-                    for (int v = 0; v < V; ++v) acc[r][v] = Micro::dot(x, b[v], acc[r][v]);
-                }
-            }
-        }
+    constexpr int V = P * kVecs;
+    typename Micro::Acc acc[R][V];
+    const auto put = [&](bool first) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v)
                 Micro::put(sums + (v / kVecs * R + r) * kPanel + v % kVecs * kLanes, acc[r][v], first);
+    };
+    std::int64_t begin = 0;
+    if constexpr (Micro::kExact > 0) {
+        for (; groups - begin > Micro::kExact; begin += Micro::kExact) {
+            accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
+                              Micro::kExact);
+            put(begin == 0);
+        }
     }
+    accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
+                      groups - begin);
+    put(begin == 0);
 }
 
 template <class Micro>
@@ -196,12 +216,14 @@ void finish_tile(const Gemm& g, const Tile& t, const typename Micro::Sum* sums) 
 
 // ---------------------------------------------------------------------------------------------------------- the driver
 
+template <class Micro>
 std::int64_t row_blocks(const Gemm& g) {
-    return ceil_div(g.m, kRows);
+    return ceil_div(g.m, kMostRows<Micro>);
 }
 
+template <class Micro>
 std::int64_t tiles(const Gemm& g) {
-    return ceil_div(g.w->n, kPanel) * row_blocks(g);
+    return ceil_div(g.w->n, kPanel) * row_blocks<Micro>(g);
 }
 
 // How many of the next `left` panels go together. It depends on the call, the bits of C do not depend on it.
@@ -213,7 +235,8 @@ CFRT_INLINE int side_by_side(const Gemm& g, std::int64_t left) {
 template <class Micro>
 void run(const Gemm& g, std::int64_t begin, std::int64_t end) {
     alignas(64) typename Micro::Sum sums[kSums];
-    const std::int64_t row_count = row_blocks(g), groups = g.w->depth / Micro::kGroup, size = kPanel * g.w->depth;
+    const std::int64_t row_count = row_blocks<Micro>(g), groups = g.w->depth / Micro::kGroup,
+                       size = kPanel * g.w->depth;
     const auto* a = static_cast<const typename Micro::A*>(g.a);
     const auto* panels = static_cast<const typename Micro::W*>(g.w->panels);
     while (begin < end) {
@@ -224,7 +247,7 @@ void run(const Gemm& g, std::int64_t begin, std::int64_t end) {
         t.rows = static_cast<int>(g.m * (part + 1) / row_count - t.row);
         const Block<Micro>* table = together == 4   ? blocks<Micro, 4, kQuadRows>
                                     : together == 2 ? blocks<Micro, 2, kPairRows>
-                                                    : blocks<Micro, 1, kRows>;
+                                                    : blocks<Micro, 1, kMostRows<Micro>>;
         table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups, sums);
         for (int p = 0; p < together; ++p) {
             t.column = (panel + p) * kPanel;

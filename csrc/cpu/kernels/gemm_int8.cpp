@@ -9,7 +9,7 @@ namespace {
 struct Exact : Whole {
     using Sum = std::int32_t;
 #if CFRT_SIMD >= 1
-    static constexpr std::int64_t kExact = INT64_MAX;
+    static constexpr std::int64_t kExact = 0;
     CFRT_INLINE static void put(Sum* to, Acc acc, bool) { istore(to, (Int)acc); }
 #else
     static constexpr std::int64_t kExact = 1024;  // 127^2 * 1024 < 2^24: then the floats go to an integer
@@ -38,6 +38,6 @@ struct Exact : Whole {
 }  // namespace
 
 extern const GemmKernel gemm_int8;
-constinit const GemmKernel gemm_int8{kPanel, Whole::kGroup, sizeof(Int8), kInt8Offset, tiles, run<Exact>};
+constinit const GemmKernel gemm_int8{kPanel, Whole::kGroup, sizeof(Int8), kInt8Offset, tiles<Exact>, run<Exact>};
 
 }  // namespace cfrt::CFRT_LEVEL

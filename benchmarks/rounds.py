@@ -1,0 +1,52 @@
+"""Timing side by side: contenders take turns, in another order every round, and the median counts.
+
+What else the machine does comes and goes; in turns it meets everybody. A turn is a burst of calls, the first of which
+does not count: it brings the caches and the contender's threads back.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from statistics import median
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
+
+PAUSE = 0.01
+"""Seconds between turns, in which the last contender's threads stop spinning."""
+
+BURST = 0.15
+"""Seconds of calls in a turn, at least one."""
+
+LEAST = 3
+"""Calls that count, whatever the cap."""
+
+
+def side_by_side(
+    contenders: Mapping[Name, Callable[[], object]], seconds: float, *, burst: float = BURST
+) -> dict[Name, list[float]]:
+    """Seconds of every call that counts. Each contender gets about `seconds` in all, warm-up included."""
+    names = list(contenders)
+    spent = dict.fromkeys(names, 0.0)
+    taken: dict[Name, list[float]] = {name: [] for name in names}
+    turn = 0
+    while waiting := [name for name in names if spent[name] < seconds or len(taken[name]) < LEAST]:
+        for name in waiting[turn % len(waiting) :] + waiting[: turn % len(waiting)]:
+            time.sleep(PAUSE)
+            warm, *counted = _burst(contenders[name], burst)
+            spent[name] += warm + sum(counted)
+            taken[name] += counted
+        turn += 1
+    return taken
+
+
+def medians(taken: Mapping[Name, list[float]]) -> dict[Name, float]:
+    return {name: median(values) for name, values in taken.items()}
+
+
+def _burst(call: Callable[[], object], seconds: float) -> list[float]:
+    values: list[float] = []
+    while len(values) < 2 or sum(values[1:]) < seconds:
+        begin = time.perf_counter()
+        call()
+        values.append(time.perf_counter() - begin)
+    return values

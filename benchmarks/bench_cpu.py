@@ -39,7 +39,7 @@ Case = tuple[str, int]
 
 CASES: tuple[Case, ...] = ((STUDENT, 4), *((size, tokens) for size in SIZES for tokens in GRIDS))
 KEY = ("size", "tokens", "threads", "engine", "precision")
-WRONG = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.5}
+WRONG = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}
 """Relative errors from which on an output is no answer at all. What the precisions cost is in the rows."""
 
 CAP = 3.0

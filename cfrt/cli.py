@@ -62,8 +62,8 @@ class Generate:
     """How to run it (see `cfrt doctor`)."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    precision: str = "fp32"
-    """fp32, bf16, fp16 or fp64."""
+    precision: str = "auto"
+    """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1
     """CPU threads. A small model is fastest with one, and the same number gives the same video."""
     fps: float | None = None
@@ -157,7 +157,7 @@ class Generate:
         if self.json:
             print(json.dumps(self._measurements(stream, stats, frames, wall)))
         elif not self.quiet:
-            made_by = f"{stream.config.name} ({stream.engine}, seed {self.seed})"
+            made_by = f"{stream.config.name} ({stream.engine}, {stream.precision}, seed {self.seed})"
             parts = (
                 f"{', '.join(self._outputs)}: {frames} frames by {made_by}",
                 f"{frames / wall:.1f} fps with decoding and encoding",
@@ -173,7 +173,7 @@ class Generate:
             "model": stream.config.name,
             "engine": stream.engine,
             "device": self.device,
-            "precision": self.precision,
+            "precision": stream.precision,
             "threads": self.threads,
             "prompt": self.prompt,
             "seed": self.seed,

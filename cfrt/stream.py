@@ -77,7 +77,7 @@ class Stream:
         keep: Literal["all", "latest"] = "all",
         image: np.ndarray | None = None,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         threads: int | None = None,
     ) -> None:
         born = perf_counter()
@@ -90,8 +90,8 @@ class Stream:
         chosen, self.refusals = choose(engine, spec)
         made = chosen()
         made.prepare(spec)
-        self.engine, self.seed = chosen.name, seed
-        self._identity = (self.config.name, self.engine, device, precision, seed)
+        self.engine, self.precision, self.seed = chosen.name, made.precision, seed
+        self._identity = (self.config.name, self.engine, device, self.precision, seed)
         self._prompt = prompt
         timeline = Timeline(prompt, encoded.rows)
         self._worker = Worker(made, self.config, timeline, fps=beat, live=keep == "latest", image=image, born=born)

@@ -4,13 +4,15 @@ A model is a folder with `config.json` and `model.safetensors`. Tensors are name
 `autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
 config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
 
-numpy throughout; torch is imported only to read `.pt` checkpoints.
+numpy throughout; torch is imported only to read `.pt` checkpoints. A model's file is mapped into memory, so that loading
+copies nothing and an engine that packs its weights never holds them twice.
 """
 
 import json
 import os
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -28,7 +30,43 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
 """Differences that an error names before it counts the rest."""
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
+
+DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_},
+    **{f"{letter}{bits}": np.dtype(f"{letter.lower()}{bits // 8}").type for letter in "IU" for bits in (8, 16, 32, 64)},
+}
+"""What safetensors calls the formats that numpy has."""
+
+
+class MappedTensors(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file. Each look-up gives fp32 anew: a view of the file where it is stored so, else a
+    copy that the caller owns; whole numbers come as they are stored. Nothing can be written."""
+
+    def __init__(self, views: Mapping[str, np.ndarray]) -> None:
+        self._views = views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        view = self._views[name]
+        return view.astype(np.float32, copy=False) if np.issubdtype(view.dtype, np.floating) else view
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def part(self, prefix: str) -> "MappedTensors":
+        """The tensors below `prefix.`, without it."""
+        return MappedTensors(_below(self._views, prefix))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: view.shape for name, view in self._views.items()}
+
+    def broken(self) -> list[str]:
+        """The tensors with values that are not finite."""
+        return [name for name, view in self._views.items() if not np.isfinite(view).all()]
 
 
 # ---------------------------------------------------------------------- own folders
@@ -49,7 +87,7 @@ def save_model(folder: str | Path, config: ModelConfig, tensors: Mapping[str, np
 
 
 def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
-    """The config and all tensors of `save_model`, floats as fp32.
+    """The config and all tensors of `save_model`, floats as fp32, read from the mapped file when they are asked for.
 
     ConfigError for a bad config.json; WeightsError when the weights are missing, truncated, corrupt, not finite, or
     saved with another config. Whether every tensor is there is the reader's to say, through `match`.
@@ -58,20 +96,24 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
     if not folder.is_dir():
         raise WeightsError(f"expected a model folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     config = ModelConfig.load(folder / CONFIG_FILE)
-    tensors, metadata = _read_safetensors(folder / WEIGHTS_FILE)
+    tensors, metadata = _map_safetensors(folder / WEIGHTS_FILE)
     if "config" in metadata:
         _check_same(config, metadata["config"], folder)
     return config, tensors
 
 
-def part(tensors: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+def part(tensors: Arrays, prefix: str) -> Arrays:
     """The tensors below `prefix.`, without it: part(tensors, "dit") has Wan's names."""
+    return tensors.part(prefix) if isinstance(tensors, MappedTensors) else _below(tensors, prefix)
+
+
+def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(prefix + ".")}
 
 
 def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
     """WeightsError that lists what is missing, extra or misshapen, unless `got` is exactly what is `expected`."""
-    shapes = {name: tuple(x.shape) for name, x in got.items()}
+    shapes = got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
     common = sorted(expected.keys() & shapes.keys())
     differences = [
         *_listed("missing", sorted(expected.keys() - shapes.keys())),
@@ -112,24 +154,33 @@ def _replacing(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+def _map_safetensors(path: Path) -> tuple[MappedTensors, dict[str, str]]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        with safe_open(path, framework="numpy") as file:  # checks the header against the size of the file
             metadata = file.metadata() or {}
+        tensors = MappedTensors(_views(path))
     except FileNotFoundError as error:
         raise WeightsError(f"expected weights at {path}, found no such file") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}); fetch or export it again") from error
-    loaded = {name: _loaded(x) for name, x in tensors.items()}
-    broken = [name for name, x in loaded.items() if x.dtype == np.float32 and not np.isfinite(x).all()]
-    if broken:
+    if broken := tensors.broken():
         raise WeightsError(f"{path} is damaged: {_listed('tensors with values that are not finite', broken)[0]}")
-    return loaded, metadata
+    return tensors, metadata
 
 
-def _loaded(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
+def _views(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor as a view of the file: 8 bytes with the length of the header, the header in JSON, then the data."""
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    (length,) = struct.unpack("<Q", content[:8].tobytes())
+    views = {}
+    for name, entry in json.loads(content[8 : 8 + length].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is stored as {entry['dtype']}, which this reader does not know")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        views[name] = content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return views
 
 
 def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:

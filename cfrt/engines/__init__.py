@@ -20,7 +20,7 @@ from ..errors import EngineError
 Latents = Any
 """One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16", "fp64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class Spec:
     """`dit.*` by Wan's names, `autoencoder.*`, fp32."""
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N"."""
-    precision: str = "fp32"
+    precision: str = "auto"
+    """One of PRECISIONS; "auto" leaves it to the engine, which takes the fastest that is good enough."""
     seed: int = 0
     threads: int | None = None
     """CPU threads; None leaves the engine's own default."""
@@ -56,6 +57,8 @@ class Engine(Protocol):
     name: ClassVar[str]
     fuses: ClassVar[bool]
     """Can `denoise` take the previous unit's commit into its own pass?"""
+    precision: str
+    """What it computes in, once it is prepared: never "auto"."""
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -119,12 +122,13 @@ class _Entry:
     name: str
     needs: tuple[str, ...]
     """Importable modules without which the engine's own module cannot be imported."""
-    extra: str
+    package: str
     """What to install where they are missing."""
 
 
 _ENGINES = {
-    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), extra="torch"),
+    "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
+    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
 }
 """Every engine of this build, the preferred one first."""
 
@@ -139,7 +143,7 @@ def refusal(name: str, spec: Spec) -> str | None:
     entry = _ENGINES[name]
     missing = [module for module in entry.needs if find_spec(module) is None]
     if missing:
-        return f"{', '.join(missing)} is not installed: pip install 'cfrt[{entry.extra}]'"
+        return f"{', '.join(missing)} is not installed: pip install {entry.package}"
     return _load(name).supported(spec)
 
 

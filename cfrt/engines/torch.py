@@ -47,6 +47,8 @@ class TorchEngine:
         kind = spec.config.autoencoder.kind
         if kind != "tiny":
             return f"it has no video autoencoder of kind {kind!r} yet"
+        if spec.precision not in ("auto", *DTYPES):
+            return f"it computes in {', '.join(DTYPES)}, not in {spec.precision!r}"
         if spec.device.split(":")[0] not in ("cpu", "cuda"):
             return f"it runs on cpu, cuda or cuda:N, not on {spec.device!r}"
         if spec.device != "cpu" and not torch.cuda.is_available():
@@ -57,7 +59,8 @@ class TorchEngine:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self._config, self._seed = spec.config, spec.seed
-        self._device, self._dtype = torch.device(spec.device), DTYPES[spec.precision]
+        self.precision = "fp32" if spec.precision == "auto" else spec.precision
+        self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._autoencoder = self._placed(_autoencoder(spec.config, part(spec.weights, "autoencoder")))
         self._ring = RingCache(spec.config, 1, self._dtype, self._device)

@@ -29,7 +29,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import attention, machine
-from .contenders import COMPILED, CONTENDERS, build
+from .contenders import COMPILED, CONTENDERS, build, prepare
 from .rounds import medians, side_by_side
 from .workload import GRIDS, SIZES, STUDENT, Workload, error, workload
 
@@ -46,15 +46,13 @@ CAP = 3.0
 """Seconds that a row may take, beyond the three calls that it must."""
 
 
-def measure(
-    work: Workload, threads: int, contenders: Sequence[tuple[str, str]], folder: Path, cap: float = CAP
-) -> list[Row]:
+def measure(work: Workload, threads: int, contenders: Sequence[tuple[str, str]], cap: float = CAP) -> list[Row]:
     """The rows of one case."""
     errors: dict[tuple[str, str], float] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     rows: list[Row] = []
     for engine, precision in contenders:
-        call = build(engine, precision, work, threads, folder)
+        call = build(engine, precision, work, threads)
         errors[engine, precision] = error(work, call())
         if errors[engine, precision] < WRONG[precision]:
             calls[engine, precision] = call
@@ -76,13 +74,13 @@ def measure(
 
 
 @lru_cache(1)
-def _workload(size: str, tokens: int) -> Workload:
-    return workload(size, tokens)
+def _workload(size: str, tokens: int, folder: Path) -> Workload:
+    return workload(size, tokens, folder)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
+    return tmp_path_factory.mktemp("workloads")
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +99,8 @@ def test_pass(
     """One contender at a time; `python -m benchmarks.bench_cpu` lets them take turns, which compares better."""
     if engine in ("onnxruntime", "openvino"):
         pytest.importorskip(engine)
-    work = _workload(size, tokens)
-    call = build(engine, precision, work, threads, folder)
+    work = _workload(size, tokens, folder)
+    call = build(engine, precision, work, threads)
     wrong = error(work, call())
     benchmark.extra_info |= dict(zip(KEY, (size, tokens, threads, engine, precision), strict=True))
     benchmark.extra_info |= {"gop": work.truth.gop, "error": wrong}
@@ -120,12 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     contenders += COMPILED if options.compile else ()
     kept = _kept(options.json)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.graphs or temporary)
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for size, tokens in cases:
-            work = workload(size, tokens)
+            work = workload(size, tokens, folder)
+            if options.prepare:
+                prepare(work, options.engines)
+                continue
             for threads in options.threads:
-                _keep(kept, measure(work, threads, contenders, folder, options.cap), options.json)
-    if "attention" in options.sizes:
+                _keep(kept, measure(work, threads, contenders, options.cap), options.json)
+    if "attention" in options.sizes and not options.prepare:
         for threads in options.threads:
             _keep(kept, attention.measure(threads, options.cap), options.json)
     return 1 if any("failed" in row for row in kept["rows"]) else 0
@@ -145,7 +147,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=sorted(names), choices=sorted(names), metavar="ENGINE")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: minutes")
     parser.add_argument("--cap", type=float, default=CAP, metavar="SECONDS", help=f"for each row (default {CAP:g})")
-    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keep the ONNX graphs there for the next run")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep graphs and fp64 results there for the next run"
+    )
+    parser.add_argument("--prepare", action="store_true", help="only make what --keep keeps")
     options = parser.parse_args(argv)
     known = {*sizes, *(f"{size}/{tokens}" for size, tokens in CASES)}
     if unknown := sorted(set(options.sizes) - known):

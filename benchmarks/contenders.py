@@ -7,7 +7,6 @@ where the runtime computes in bf16, values from fp64; and for the student a past
 unit at a time, since attention does not ask for order.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,18 +43,28 @@ Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 """One run of a graph: the inputs that are new in every pass, in order; all outputs, in order."""
 
 
-def build(engine: str, precision: str, work: Workload, threads: int, folder: Path) -> Callable[[], np.ndarray]:
-    """The contender, everything loaded, the past in place. `folder` is where graphs are kept for the next call."""
+def build(engine: str, precision: str, work: Workload, threads: int) -> Callable[[], np.ndarray]:
+    """The contender, everything loaded, the past in place."""
     torch.set_num_threads(threads)
     if engine in ("native", "torch"):
         return Ringed(engine, precision, work, threads)
     past = functional.past(work)
     if engine == "torch.compile":
         return Explicit(work, past, _compiled(work, past, DTYPES[precision]), None)
-    open_graph, graphs = GRAPHS[engine], functional.export(work, folder)
+    open_graph, graphs = GRAPHS[engine], functional.export(work)
     step = open_graph(graphs.step, past, precision, threads, fixed=graphs.decode is None)
     decode = None if graphs.decode is None else open_graph(graphs.decode, [], precision, threads, fixed=True)
     return Explicit(work, past, step, decode)
+
+
+def prepare(work: Workload, engines: Sequence[str]) -> None:
+    """Makes what `work.folder` keeps for these engines."""
+    assert work.truth.gop > 0
+    if {"onnxruntime", "openvino"} & set(engines):
+        graphs = functional.export(work)
+        for graph in graphs if "onnxruntime" in engines else ():
+            if graph is not None:
+                _quantised(graph)
 
 
 class Ringed:
@@ -133,7 +142,7 @@ class Explicit:
 
 
 def _compiled(work: Workload, past: Sequence[np.ndarray], dtype: torch.dtype) -> Run:
-    step = torch.compile(functional.Step(copy.deepcopy(work.truth.dit).to(dtype)))
+    step = torch.compile(functional.Step(work.dit().to(dtype)))
     kept = [torch.from_numpy(array).to(dtype) for array in past]
 
     @torch.no_grad()

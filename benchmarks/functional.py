@@ -6,7 +6,6 @@ and linear layers as a product with a transposed weight (ONNX Runtime's quantise
 Shapes: N tokens of the unit, P past tokens, H heads, D numbers a head, L text rows. Everything is batch 1.
 """
 
-import copy
 import logging
 import warnings
 from pathlib import Path
@@ -115,9 +114,9 @@ def turns(config: ModelConfig, unit: int) -> np.ndarray:
 
 
 def past(work: Workload) -> list[np.ndarray]:
-    """For every layer past k, past v [1, H, P, D], text k, text v [1, H, L, D], from fp64, as float32."""
+    """For every layer past k, past v [1, H, P, D], text k, text v [1, H, L, D], float32 made in fp64."""
     pairs = zip(work.truth.past, work.truth.text, strict=True)
-    return [x.float().contiguous().numpy() for past, text in pairs for x in (*past, *text)]
+    return [x.numpy() for past, text in pairs for x in (*past, *text)]
 
 
 class Graphs(NamedTuple):
@@ -127,24 +126,23 @@ class Graphs(NamedTuple):
     decode: Path | None
 
 
-def export(work: Workload, folder: Path) -> Graphs:
-    """Writes the graphs, unless they are in `folder` already."""
-    config = work.config
+def export(work: Workload) -> Graphs:
+    """Writes the graphs into the workload's folder, unless they are there already."""
+    config, folder = work.config, work.folder
     step, decode = folder / f"{config.name}.onnx", folder / f"{config.name}-decode.onnx"
     x = torch.zeros(1, config.unit, config.latent_channels, *config.latent_grid)
     if not step.exists():
         fresh = time_features(config, 1.0), turns(config, work.unit)
         inputs = x, *(torch.from_numpy(array).float() for array in (*fresh, *past(work)))
-        _write(Step(copy.deepcopy(work.truth.dit).float()), inputs, step)
+        _write(Step(work.dit()), inputs, step)
     if work.size != STUDENT:
         return Graphs(step, None)
     if not decode.exists():
-        _write(Decode(copy.deepcopy(work.truth.autoencoder).float()), (x, x[:, -1]), decode)
+        _write(Decode(work.autoencoder()), (x, x[:, -1]), decode)
     return Graphs(step, decode)
 
 
 def _write(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not missed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself

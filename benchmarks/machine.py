@@ -18,7 +18,9 @@ def header() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """CPU by its own name and family, the cores that this process may use, and the instructions that matter here."""
     info = _cpuinfo()
-    family = ", ".join(f"{name} {info[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in info)
+    family = ", ".join(
+        f"{name} {info[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in info
+    )
     name = info.get("model name") or platform.processor() or platform.machine()
     flags = set(info.get("flags", "").split())
     isa = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in flags]

@@ -5,13 +5,15 @@ window is 8). Committed frames are noise, so that every engine can make the same
 student's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cfrt import flow, students
@@ -45,6 +47,8 @@ class Workload:
     weights: Mapping[str, np.ndarray]
     rows: np.ndarray
     """Text, float32 [L, width]."""
+    folder: Path
+    """Where what is slow to make is kept: the truth, and graphs."""
 
     @property
     def tokens(self) -> int:
@@ -62,51 +66,72 @@ class Workload:
 
     @cached_property
     def truth(self) -> "Truth":
-        return Truth(self)
+        path = self.folder / f"{self.config.name}-truth.pt"
+        if not path.exists():
+            torch.save(vars(_truth(self)), path)
+        return Truth(**torch.load(path))
+
+    def dit(self) -> CausalDiT:
+        """The network, fp32."""
+        return CausalDiT.from_arrays(self.config, part(self.weights, "dit")).eval().requires_grad_(False)
+
+    def autoencoder(self) -> Autoencoder:
+        module = Autoencoder(self.config.autoencoder).eval().requires_grad_(False)
+        arrays = part(self.weights, "autoencoder")
+        module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+        return module
 
 
-def workload(size: str, tokens: int) -> Workload:
+def workload(size: str, tokens: int, folder: Path) -> Workload:
     if size == STUDENT:
         config, weights = load_model(students.find("tiny"))
-        return Workload(size, config, weights, encoder(config, weights).encode(PROMPT).rows)
+        return Workload(size, config, weights, encoder(config, weights).encode(PROMPT).rows, folder)
     config = _config(size, tokens)
     rows = np.random.default_rng(0).standard_normal((config.text.length, config.text.width), dtype=np.float32)
-    return Workload(size, config, _random_weights(config), rows)
+    return Workload(size, config, _random_weights(config), rows, folder)
 
 
+@dataclass(frozen=True)
 class Truth:
     """The same by `cfrt.nn` in fp64, with what it costs; and the past as keys and values, for engines that keep none."""
 
-    def __init__(self, work: Workload) -> None:
-        config, unit = work.config, work.unit
-        self.dit = CausalDiT.from_arrays(config, part(work.weights, "dit")).eval().requires_grad_(False).double()
-        self.autoencoder = _autoencoder(work).double()
-        ring = RingCache(config, dtype=torch.float64)
-        text = self.dit.text_kv(torch.from_numpy(work.rows)[None, None])
-        for past in range(unit):
-            self.dit.commit(_double(noise(config, past, PAST)), text, ring, past)
-        frames = [f for span in config.geometry.visible_frames(unit) for f in range(*span) if f < unit * config.unit]
-        self.past = [_joined(ring.read(layer, frame) for frame in frames) for layer in range(config.depth)]
-        """k, v [1, H, P, D] of each layer."""
-        self.text = [(k[0].transpose(1, 2), v[0].transpose(1, 2)) for k, v in text]
-        """k, v [1, H, L, D] of each layer."""
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-            self.x0 = self._run(work, text, ring)
-        self.gop = counter.get_total_flops() / 1e9
-        """Billions of operations, 2 a multiply-add, in products of matrices, convolutions and attention."""
+    x0: Tensor
+    """fp64 [1, F, C, h, w]."""
+    gop: float
+    """Billions of operations, 2 a multiply-add, in products of matrices, convolutions and attention."""
+    past: list[tuple[Tensor, Tensor]]
+    """k, v fp32 [1, H, P, D] of each layer."""
+    text: list[tuple[Tensor, Tensor]]
+    """k, v fp32 [1, H, L, D] of each layer."""
 
-    @torch.no_grad()
-    def _run(self, work: Workload, text: TextKV, ring: RingCache) -> np.ndarray:
-        unit, config = work.unit, work.config
-        x = _double(noise(config, unit, 0))
-        for step, s in enumerate(work.sigmas):
-            x = flow.renoise(x, _double(noise(config, unit, step)), s) if step else x
-            t = torch.full((1,), flow.TIME_SCALE * s, dtype=torch.float64)
-            x = flow.x0_from_v(x, self.dit.step(x, t, text, ring, unit), s)
-        if work.size == STUDENT:
-            self.autoencoder.decode(x, _double(noise(config, unit - 1, PAST))[:, -1])
-            self.dit.commit(x, text, ring, unit)
-        return x.numpy()
+
+@torch.no_grad()
+def _truth(work: Workload) -> Truth:
+    config, unit = work.config, work.unit
+    dit, ring = work.dit().double(), RingCache(config, dtype=torch.float64)
+    text = dit.text_kv(torch.from_numpy(work.rows)[None, None])
+    for past in range(unit):
+        dit.commit(_double(noise(config, past, PAST)), text, ring, past)
+    frames = [f for span in config.geometry.visible_frames(unit) for f in range(*span) if f < unit * config.unit]
+    past_kv = [_joined(ring.read(layer, frame) for frame in frames) for layer in range(config.depth)]
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        x0 = _run(work, dit, text, ring)
+    text_kv = [(_heads_first(k[0]), _heads_first(v[0])) for k, v in text]
+    return Truth(x0, counter.get_total_flops() / 1e9, past_kv, text_kv)
+
+
+def _run(work: Workload, dit: CausalDiT, text: TextKV, ring: RingCache) -> Tensor:
+    """x0 of what is timed; for the student decoding and commit are run as well, to be counted."""
+    unit, config = work.unit, work.config
+    x = _double(noise(config, unit, 0))
+    for step, s in enumerate(work.sigmas):
+        x = flow.renoise(x, _double(noise(config, unit, step)), s) if step else x
+        t = torch.full((1,), flow.TIME_SCALE * s, dtype=torch.float64)
+        x = flow.x0_from_v(x, dit.step(x, t, text, ring, unit), s)
+    if work.size == STUDENT:
+        work.autoencoder().double().decode(x, _double(noise(config, unit - 1, PAST))[:, -1])
+        dit.commit(x, text, ring, unit)
+    return x
 
 
 def noise(config: ModelConfig, unit: int, step: int) -> np.ndarray:
@@ -117,7 +142,7 @@ def noise(config: ModelConfig, unit: int, step: int) -> np.ndarray:
 
 def error(work: Workload, x0: np.ndarray) -> float:
     """Relative L2 against fp64: of the student's clean latents, and of v for one pass at s = 1, where x0 = x - v."""
-    truth = work.truth.x0
+    truth = work.truth.x0.numpy()
     scale = truth if work.size == STUDENT else noise(work.config, work.unit, 0) - truth
     return float(np.linalg.norm(x0 - truth) / np.linalg.norm(scale))
 
@@ -155,24 +180,22 @@ def _random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
     }
 
 
-def _awake(name: str, x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def _awake(name: str, x: Tensor, numbers: Tensor) -> Tensor:
     return 0.5 * numbers if name.endswith("modulation") else torch.where(x == 0, 0.05 * numbers, x)
 
 
-def _autoencoder(work: Workload) -> Autoencoder:
-    module = Autoencoder(work.config.autoencoder).eval().requires_grad_(False)
-    arrays = part(work.weights, "autoencoder")
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return module
-
-
-def _double(x: np.ndarray) -> torch.Tensor:
+def _double(x: np.ndarray) -> Tensor:
     return torch.from_numpy(x).double()
 
 
-def _joined(frames: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(frames: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     keys, values = zip(*frames, strict=True)
-    return torch.cat(keys, 1).transpose(1, 2), torch.cat(values, 1).transpose(1, 2)
+    return _heads_first(torch.cat(keys, 1)), _heads_first(torch.cat(values, 1))
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """fp32 [1, H, P, D] of [1, P, H, D]."""
+    return x.transpose(1, 2).float().contiguous()
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

@@ -93,7 +93,7 @@ def workload(size: str, tokens: int, folder: Path) -> Workload:
 
 @dataclass(frozen=True)
 class Truth:
-    """The same by `cfrt.nn` in fp64, with what it costs; and the past as keys and values, for engines that keep none."""
+    """The same by `cfrt.nn` in fp64, what it costs, and the past as keys and values for engines that keep none."""
 
     x0: Tensor
     """fp64 [1, F, C, h, w]."""

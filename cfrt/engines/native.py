@@ -130,8 +130,9 @@ class NativeEngine:
 
 
 def best_precision() -> Precision:
-    """What "auto" means on this CPU."""
-    return "bf16" if kernels.isa() == "avx512bf16" else "fp32"
+    """What "auto" means on this CPU. EngineError when CFRT_ISA names a level that is not there."""
+    with _as_engine_errors():
+        return "bf16" if kernels.isa() == "avx512bf16" else "fp32"
 
 
 def physical_cores() -> int:
@@ -145,6 +146,14 @@ def _siblings(cpu: int) -> str:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
     except OSError:
         return str(cpu)
+
+
+def processor() -> dict[str, Any]:
+    """Instruction set levels of this build and CPU, the one in use, and what a stream gets where it asks for nothing.
+
+    EngineError when CFRT_ISA names a level that is not there."""
+    precision = best_precision()
+    return {"levels": kernels.isas(), "isa": kernels.isa(), "threads": physical_cores(), "precision": precision}
 
 
 class _Finite(Mapping[str, np.ndarray]):

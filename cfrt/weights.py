@@ -4,8 +4,8 @@ A model is a folder with `config.json` and `model.safetensors`. Tensors are name
 `autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
 config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
 
-numpy throughout; torch is imported only to read `.pt` checkpoints. A model's file is mapped into memory, so that loading
-copies nothing and an engine that packs its weights never holds them twice.
+numpy throughout; torch is imported only to read `.pt` checkpoints. A model's file is mapped into memory: loading copies
+nothing, and an engine that packs its weights never holds them twice.
 """
 
 import json

@@ -56,7 +56,7 @@ class NativeEngine:
 
     def prepare(self, spec: Spec) -> None:
         self._config, self._seed = spec.config, spec.seed
-        self.precision: Precision = best_precision() if spec.precision == "auto" else spec.precision  # type: ignore[assignment]
+        self.precision = self._resolved(spec.precision)
         dit, autoencoder = part(spec.weights, "dit"), part(spec.weights, "autoencoder")
         match(shapes.dit(spec.config), dit)
         match(shapes.autoencoder(spec.config.autoencoder), autoencoder)
@@ -75,6 +75,12 @@ class NativeEngine:
         self._decoded = 0  # units decoded: the next one's number
         self._previous: np.ndarray | None = None
         self._before: tuple[int, np.ndarray | None] = (0, None)
+
+    @staticmethod
+    def _resolved(precision: str) -> Precision:
+        with _as_engine_errors():  # of a level that this CPU lacks
+            fast = kernels.isa() == "avx512bf16"
+        return next((known for known in PRECISIONS if known == precision), "bf16" if fast else "fp32")
 
     def set_text(self, unit_context: np.ndarray) -> None:
         with _as_engine_errors():
@@ -129,12 +135,6 @@ class NativeEngine:
         self.__dict__.clear()
 
 
-def best_precision() -> Precision:
-    """What "auto" means on this CPU. EngineError when CFRT_ISA names a level that is not there."""
-    with _as_engine_errors():
-        return "bf16" if kernels.isa() == "avx512bf16" else "fp32"
-
-
 def physical_cores() -> int:
     """Cores that this process may run on, each counted once however many threads it offers."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
@@ -152,7 +152,7 @@ def processor() -> dict[str, Any]:
     """Instruction set levels of this build and CPU, the one in use, and what a stream gets where it asks for nothing.
 
     EngineError when CFRT_ISA names a level that is not there."""
-    precision = best_precision()
+    precision = NativeEngine._resolved("auto")
     return {"levels": kernels.isas(), "isa": kernels.isa(), "threads": physical_cores(), "precision": precision}
 
 

@@ -45,8 +45,10 @@ def medians(taken: Mapping[Name, list[float]]) -> dict[Name, float]:
 
 def _burst(call: Callable[[], object], seconds: float) -> list[float]:
     values: list[float] = []
-    while len(values) < 2 or sum(values[1:]) < seconds:
+    left = seconds
+    while len(values) < 2 or left > 0:
         begin = time.perf_counter()
         call()
         values.append(time.perf_counter() - begin)
+        left -= values[-1] if len(values) > 1 else 0
     return values

@@ -41,7 +41,7 @@ KEY = ("size", "tokens", "threads", "engine", "precision")
 WRONG = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}
 """Relative errors from which on an output is no answer at all. What the precisions cost is in the rows."""
 
-CAP = 3.0
+CAP = 2.5
 """Seconds that a row may take, beyond the three calls that it must."""
 
 

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 import _cfrt
 from cfrt.config import PRESETS, AutoencoderConfig
 from cfrt.nn.autoencoder import Autoencoder
+from cfrt.students import embedded
+from cfrt.weights import load_model
+from training import worlds
 
 pytestmark = pytest.mark.cpu
 
@@ -88,11 +91,12 @@ def test_decoding(widths: str, channels: int, starts: bool, precision: str, isa:
     latents = latents_of(made, 2, grid)
     previous = None if starts else latents_of(made, 1, grid, seed=1)[0]
     exact = decoded(made, latents, previous, torch.float64)
-    assert ((exact > 0) & (exact < 255)).double().mean() > 0.3 and exact.std() > 10, "a picture that shows an error"
+    assert exact.std() > 10  # a picture that shows an error
+    assert ((exact > 0) & (exact < 255)).double().mean() > 0.3
     got = native(made, grid, precision, isa=isa).decode(latents, previous)
     assert got.shape == (5 if starts else 8, 16 * grid[0], 16 * grid[1], 3)
     own = (torch.from_numpy(got).double() - exact).abs()
-    if precision == "int8":  # a promise of its own: see test_int8_pictures
+    if precision == "int8":  # a promise of its own: see test_pictures_of_the_embedded_student
         assert own.pow(2).mean().sqrt() < 0.03 * 255
         return
     eager = (decoded(made, latents, previous, DTYPES[precision]) - exact).abs()
@@ -143,7 +147,8 @@ def test_threads_change_no_byte(precision: str, isa: str) -> None:
         np.testing.assert_array_equal(several.encode(picture), alone.encode(picture))
 
 
-def test_a_picture_leaves_no_trace_in_the_next(precision: str = "bf16") -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_picture_leaves_no_trace_in_the_next(precision: str) -> None:
     """One object decodes and encodes in any order: the zeros around its planes stay zeros."""
     made, grid = network(WIDTHS["odd"], 5), (2, 2)
     latents = latents_of(made, 2, grid)
@@ -152,6 +157,23 @@ def test_a_picture_leaves_no_trace_in_the_next(precision: str = "bf16") -> None:
     for _ in range(2):
         np.testing.assert_array_equal(used.decode(latents), native(made, grid, precision).decode(latents))
         np.testing.assert_array_equal(used.encode(picture), native(made, grid, precision).encode(picture))
+
+
+@every_isa
+@pytest.mark.parametrize(("precision", "decibels"), [("fp32", 75), ("bf16", 55), ("int8", 45)])
+def test_pictures_of_the_embedded_student(precision: str, decibels: float, isa: str) -> None:
+    """PSNR of the worst frame against PyTorch in fp32, whose own bf16 has 55 dB. Measured on 2026-11-25 on 42 latents
+    of the student: fp32 84 (26 of 2,027,520 bytes differ, by one level), bf16 61, int8 51 dB."""
+    config, weights = load_model(embedded()["tiny"])
+    made = Autoencoder(config.autoencoder).eval().requires_grad_(False)
+    prefix = "autoencoder."
+    parts = {name.removeprefix(prefix): part for name, part in weights.items() if name.startswith(prefix)}
+    made.load_state_dict({name: torch.from_numpy(part).float() for name, part in parts.items()})
+    source = torch.Generator().manual_seed(0)
+    video = worlds.render(worlds.simulate(worlds.sample_factors(1, source), source, 9))
+    latents = made.encode(video)[0].contiguous().numpy()
+    expected, got = levels(made, latents), native(made, config.latent_grid, precision, isa=isa).decode(latents)
+    assert min(psnr(a, b) for a, b in zip(got, expected, strict=True)) > decibels
 
 
 # ---------------------------------------------------------------------- encoding

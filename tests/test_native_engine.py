@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _cfrt import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from student_fixture import random_weights, small_config, tiny_config
 
+from _cfrt import kernels
 from cfrt import flow, shapes, students
 from cfrt.config import PRESETS, ModelConfig, TextConfig
 from cfrt.engines import Engine, Spec

@@ -1,4 +1,13 @@
-// What surrounds the products of a convolution.
+// What surrounds the products of a convolution. A row is gathered once and read by every panel of the weights, so the
+// copy costs about one store for each N multiply-adds of 16 lanes, N the columns of the product.
+//
+// The decoder of the embedded student (64 x 64 pixels, 234 MFLOP a latent frame, padding counted), measured on
+// 2026-11-25 on one core of an AMD EPYC (Zen 4), best of 600 calls, decode to uint8 included; `gemm` alone reaches 113,
+// 219 and 402 GFLOP/s there on 56 x 64 x 576:
+//
+//   fp32   2.20 ms   106 GFLOP/s   1.09 ms with two threads
+//   bf16   1.14 ms   206 GFLOP/s   0.60 ms
+//   int8   0.76 ms   309 GFLOP/s   0.39 ms   (each gathered row is measured and rounded anew)
 
 #include "conv.h"
 

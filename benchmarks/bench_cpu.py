@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -67,6 +68,19 @@ def measure(work: Workload, threads: int, contenders: Sequence[tuple[str, str]],
             row |= {"ms": 1000 * seconds, "gops": work.truth.gop / seconds}
         rows.append(row)
     return rows
+
+
+def ceiling() -> dict[str, float]:
+    """GOP/s of one core in multiply-adds that never leave the registers, at the level that the engine would pick."""
+    from _cfrt import kernels
+
+    best: dict[str, float] = {}
+    for precision in WRONG:
+        for _ in range(20):
+            begin = perf_counter()
+            rate = kernels.ceiling(precision, 50_000) / (perf_counter() - begin) / 1e9
+            best[precision] = max(rate, best.get(precision, 0.0))
+    return best
 
 
 # ------------------------------------------------------------------------------------------------------------- pytest
@@ -116,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     contenders = [each for each in CONTENDERS if each[0] in options.engines]
     contenders += COMPILED if options.compile else ()
     kept = _kept(options.json)
+    if not options.prepare and "native" in options.engines:
+        kept["ceiling"] = ceiling()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +176,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _kept(path: Path | None) -> dict[str, Any]:
-    """This machine's header, with the rows of the file where they are of the same day, machine and versions."""
+    """This machine's header, with the rows of the file where they are of the same day, machine and versions. Beside
+    them goes the ceiling."""
     head = machine.header()
     if path is None or not path.exists():
         return head | {"rows": []}

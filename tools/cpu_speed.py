@@ -57,12 +57,14 @@ def section(kept: Mapping[str, Any]) -> str:
     head = ["", *(f"{precision}: cfrt, next best, ratio" for precision in PRECISIONS)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(PRECISIONS)]
     lines += [_line(rows, case) for case in cases(rows)]
+    top = ", ".join(f"{precision} {rate:.0f}" for precision, rate in kept["ceiling"].items())
     others = ", ".join(f"{NAMES[name]} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
     note = (
         f"Milliseconds, medians in turns, measured on {kept['date']}: {machine['cpu']}, {machine['cores']} cores, "
         f"{', '.join(machine['isa'])}; {others}. Sizes: one denoising pass of one latent frame of that many tokens, "
         "window 12 frames, no decoding; student: a whole unit of 4 frames, 2 steps, window 8, commit and decoding "
-        "included; attention: one layer. Others without a state get keys and values as inputs, cfrt and PyTorch read "
+        f"included; attention: one layer. One core's ceiling, in multiply-adds within registers: {top} GOP/s. "
+        "Others without a state get keys and values as inputs, cfrt and PyTorch read "
         "their ring. Every output was checked against fp64; errors, all rows: [cpu.json](benchmarks/results/cpu.json)."
     )
     picture = f"![Billions of operations a second on one thread, by size and runtime]({CHART})"

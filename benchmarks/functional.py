@@ -116,7 +116,7 @@ def turns(config: ModelConfig, unit: int) -> np.ndarray:
 def past(work: Workload) -> list[np.ndarray]:
     """For every layer past k, past v [1, H, P, D], text k, text v [1, H, L, D], float32 made in fp64."""
     pairs = zip(work.truth.past, work.truth.text, strict=True)
-    return [x.numpy() for past, text in pairs for x in (*past, *text)]
+    return [x.numpy().copy() for past, text in pairs for x in (*past, *text)]  # a host may overwrite its own
 
 
 class Graphs(NamedTuple):

@@ -18,12 +18,14 @@ WRONG = {"fp32": 1e-5, "bf16": 0.02}
 CONTENDERS = (("native", "fp32"), ("native", "bf16"), ("torch", "fp32"), ("torch", "bf16"))
 
 
-def measure(threads: int, cap: float, dims: Sequence[int] = (64, 128), tokens: Sequence[int] = TOKENS) -> list[Any]:
+def measure(
+    threads: int, cap: float, dims: Sequence[int] = (64, 128), tokens: Sequence[int] = TOKENS, clock: str = "wall"
+) -> list[Any]:
     """Rows as `bench_cpu` has them; size is "attention-64" for heads of 64 numbers."""
-    return [row for dim in dims for n in tokens for row in _case(dim, n, threads, cap)]
+    return [row for dim in dims for n in tokens for row in _case(dim, n, threads, cap, clock)]
 
 
-def _case(dim: int, tokens: int, threads: int, cap: float) -> list[dict[str, Any]]:
+def _case(dim: int, tokens: int, threads: int, cap: float, clock: str) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     generator, heads = torch.Generator().manual_seed(0), HEADS[dim]
     q, k, v = (torch.randn(n, heads, dim, generator=generator) for n in (tokens, FRAMES * tokens, FRAMES * tokens))
@@ -31,7 +33,8 @@ def _case(dim: int, tokens: int, threads: int, cap: float) -> list[dict[str, Any
     makers = {"native": _native, "torch": _torch}
     calls = {(engine, precision): makers[engine](q, k, v, precision, threads) for engine, precision in CONTENDERS}
     wrong = {name: float(torch.linalg.norm(call() - truth) / torch.linalg.norm(truth)) for name, call in calls.items()}
-    taken = medians(side_by_side({n: c for n, c in calls.items() if wrong[n] < WRONG[n[1]]}, cap / 4))
+    right = {name: call for name, call in calls.items() if wrong[name] < WRONG[name[1]]}
+    taken = medians(side_by_side(right, cap / 4, clock=clock))
     gop = 4e-9 * tokens * FRAMES * tokens * heads * dim
     return [_row(name, dim, tokens, threads, wrong[name], taken.get(name), gop) for name in CONTENDERS]
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import attention, machine
 from .contenders import COMPILED, CONTENDERS, build, prepare
-from .rounds import medians, side_by_side
+from .rounds import CLOCKS, medians, side_by_side
 from .workload import GRIDS, SIZES, STUDENT, Workload, error, workload
 
 Row = dict[str, Any]
@@ -46,7 +46,9 @@ CAP = 2.5
 """Seconds that a row may take, beyond the three calls that it must."""
 
 
-def measure(work: Workload, threads: int, contenders: Sequence[tuple[str, str]], cap: float = CAP) -> list[Row]:
+def measure(
+    work: Workload, threads: int, contenders: Sequence[tuple[str, str]], cap: float = CAP, clock: str = "wall"
+) -> list[Row]:
     """The rows of one case."""
     errors: dict[tuple[str, str], float] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
@@ -57,7 +59,7 @@ def measure(work: Workload, threads: int, contenders: Sequence[tuple[str, str]],
         if errors[engine, precision] < WRONG[precision]:
             calls[engine, precision] = call
     torch.set_num_threads(threads)
-    taken = medians(side_by_side(calls, cap))
+    taken = medians(side_by_side(calls, cap, clock=clock))
     for engine, precision in contenders:
         seconds, wrong = taken.get((engine, precision)), errors[engine, precision]
         row: Row = {"size": work.size, "tokens": work.tokens, "threads": threads}
@@ -77,8 +79,8 @@ def ceiling() -> dict[str, float]:
     best: dict[str, float] = {}
     for precision in WRONG:
         for _ in range(20):
-            begin = perf_counter()
-            rate = kernels.ceiling(precision, 50_000) / (perf_counter() - begin) / 1e9
+            begin = process_time()
+            rate = kernels.ceiling(precision, 50_000) / (process_time() - begin) / 1e9
             best[precision] = max(rate, best.get(precision, 0.0))
     return best
 
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in CASES if {case[0], f"{case[0]}/{case[1]}"} & set(options.sizes)]
     contenders = [each for each in CONTENDERS if each[0] in options.engines]
     contenders += COMPILED if options.compile else ()
-    kept = _kept(options.json)
+    kept = _kept(options.json, options.clock)
     if not options.prepare and "native" in options.engines:
         kept["ceiling"] = ceiling()
     with tempfile.TemporaryDirectory() as temporary:
@@ -141,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prepare(work, options.engines)
                 continue
             for threads in options.threads:
-                _keep(kept, measure(work, threads, contenders, options.cap), options.json)
+                _keep(kept, measure(work, threads, contenders, options.cap, options.clock), options.json)
     if "attention" in options.sizes and not options.prepare:
         for threads in options.threads:
-            _keep(kept, attention.measure(threads, options.cap), options.json)
+            _keep(kept, attention.measure(threads, options.cap, clock=options.clock), options.json)
     return 1 if any("failed" in row for row in kept["rows"]) else 0
 
 
@@ -165,20 +167,24 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep graphs and fp64 results there for the next run"
     )
+    clocks = "processor: what one thread would take alone, for a machine that others use as well"
+    parser.add_argument("--clock", choices=[*CLOCKS], default="wall", help=clocks)
     parser.add_argument("--prepare", action="store_true", help="only make what --keep keeps")
     options = parser.parse_args(argv)
     known = {*sizes, *(f"{size}/{tokens}" for size, tokens in CASES)}
     if unknown := sorted(set(options.sizes) - known):
         parser.error(f"expected --sizes out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    if options.clock == "processor" and options.threads != [1]:
+        parser.error("the processor's clock adds threads up: --clock processor needs --threads 1")
     if missing := sorted(e for e in options.engines if e in ("onnxruntime", "openvino") and find_spec(e) is None):
         parser.error(f"{', '.join(missing)} not installed: pip install 'cfrt[bench]', or choose others with --engines")
     return options
 
 
-def _kept(path: Path | None) -> dict[str, Any]:
+def _kept(path: Path | None, clock: str = "wall") -> dict[str, Any]:
     """This machine's header, with the rows of the file where they are of the same day, machine and versions. Beside
     them goes the ceiling."""
-    head = machine.header()
+    head = machine.header() | {"clock": clock}
     if path is None or not path.exists():
         return head | {"rows": []}
     old = json.loads(path.read_text(encoding="utf-8"))

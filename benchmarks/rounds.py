@@ -9,6 +9,9 @@ from collections.abc import Callable, Hashable, Mapping
 from statistics import median
 from typing import TypeVar
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+"""By name. The processor's is what one thread would take alone, on a machine that others use as well."""
+
 Name = TypeVar("Name", bound=Hashable)
 
 PAUSE = 0.01
@@ -22,7 +25,7 @@ LEAST = 3
 
 
 def side_by_side(
-    contenders: Mapping[Name, Callable[[], object]], seconds: float, *, burst: float = BURST
+    contenders: Mapping[Name, Callable[[], object]], seconds: float, *, burst: float = BURST, clock: str = "wall"
 ) -> dict[Name, list[float]]:
     """Seconds of every call that counts. Each contender gets about `seconds` in all, warm-up included."""
     names = list(contenders)
@@ -32,7 +35,7 @@ def side_by_side(
     while waiting := [name for name in names if spent[name] < seconds or len(taken[name]) < LEAST]:
         for name in waiting[turn % len(waiting) :] + waiting[: turn % len(waiting)]:
             time.sleep(PAUSE)
-            warm, *counted = _burst(contenders[name], burst)
+            warm, *counted = _burst(contenders[name], burst, CLOCKS[clock])
             spent[name] += warm + sum(counted)
             taken[name] += counted
         turn += 1
@@ -43,12 +46,12 @@ def medians(taken: Mapping[Name, list[float]]) -> dict[Name, float]:
     return {name: median(values) for name, values in taken.items()}
 
 
-def _burst(call: Callable[[], object], seconds: float) -> list[float]:
+def _burst(call: Callable[[], object], seconds: float, now: Callable[[], float]) -> list[float]:
     values: list[float] = []
     left = seconds
     while len(values) < 2 or left > 0:
-        begin = time.perf_counter()
+        begin = now()
         call()
-        values.append(time.perf_counter() - begin)
+        values.append(now() - begin)
         left -= values[-1] if len(values) > 1 else 0
     return values

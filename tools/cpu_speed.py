@@ -60,7 +60,7 @@ def section(kept: Mapping[str, Any]) -> str:
     top = ", ".join(f"{precision} {rate:.0f}" for precision, rate in kept["ceiling"].items())
     others = ", ".join(f"{NAMES[name]} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
     note = (
-        f"Milliseconds, medians in turns, measured on {kept['date']}: {machine['cpu']}, {machine['cores']} cores, "
+        f"Milliseconds{_clock(kept)}, medians in turns, measured on {kept['date']}: {machine['cpu']}, {machine['cores']} cores, "
         f"{', '.join(machine['isa'])}; {others}. Sizes: one denoising pass of one latent frame of that many tokens, "
         "window 12 frames, no decoding; student: a whole unit of 4 frames, 2 steps, window 8, commit and decoding "
         f"included; attention: one layer. One core's ceiling, in multiply-adds within registers: {top} GOP/s. "
@@ -69,6 +69,10 @@ def section(kept: Mapping[str, Any]) -> str:
     )
     picture = f"![Billions of operations a second on one thread, by size and runtime]({CHART})"
     return "\n".join([picture, "", *lines, "", note])
+
+
+def _clock(kept: Mapping[str, Any]) -> str:
+    return "" if kept["clock"] == "wall" else " of processor time"
 
 
 def _line(rows: Sequence[Row], case: Case) -> str:

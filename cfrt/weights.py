@@ -4,13 +4,12 @@ A model is a folder with `config.json` and `model.safetensors`. Tensors are name
 `autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
 config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
 
-numpy throughout; torch is imported only to read `.pt` checkpoints. A model's file is mapped into memory: loading copies
+numpy throughout. A model's file is mapped into memory: loading copies
 nothing, and an engine that packs its weights never holds them twice.
 """
 
 import json
 import os
-import pickle
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -32,11 +31,14 @@ LISTED = 4
 
 Arrays = Mapping[str, np.ndarray]
 
-DTYPES = {
+BF16 = np.dtype([("bits", np.uint16)])
+"""The upper half of an fp32, for which numpy has no type."""
+DTYPES: dict[str, Any] = {
+    "BF16": BF16,
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_},
     **{f"{letter}{bits}": np.dtype(f"{letter.lower()}{bits // 8}").type for letter in "IU" for bits in (8, 16, 32, 64)},
 }
-"""What safetensors calls the formats that numpy has."""
+"""What safetensors calls the formats that are read."""
 
 
 class MappedTensors(Mapping[str, np.ndarray]):
@@ -48,6 +50,8 @@ class MappedTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         view = self._views[name]
+        if view.dtype == BF16:
+            return (view["bits"].astype(np.uint32) << 16).view(np.float32)
         return view.astype(np.float32, copy=False) if np.issubdtype(view.dtype, np.floating) else view
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +70,17 @@ class MappedTensors(Mapping[str, np.ndarray]):
 
     def broken(self) -> list[str]:
         """The tensors with values that are not finite."""
-        return [name for name, view in self._views.items() if not np.isfinite(view).all()]
+        return [name for name, view in self._views.items() if not _finite(view)]
+
+
+def _finite(view: np.ndarray) -> bool:
+    """A block at a time: a large file is not to be held in memory for this."""
+    flat, block = view.reshape(-1), 1 << 22
+    parts = (flat[i : i + block] for i in range(0, len(flat), block))
+    exponent = 0x7F80
+    if view.dtype == BF16:
+        return all(((part["bits"] & exponent) != exponent).all() for part in parts)
+    return all(np.isfinite(part).all() for part in parts)
 
 
 # ---------------------------------------------------------------------- own folders
@@ -113,12 +127,18 @@ def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
     """WeightsError that lists what is missing, extra or misshapen, unless `got` is exactly what is `expected`."""
-    shapes = got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
+    match_shapes(
+        expected, got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
+    )
+
+
+def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`match`, for shapes alone."""
     common = sorted(expected.keys() & shapes.keys())
     differences = [
-        *_listed("missing", sorted(expected.keys() - shapes.keys())),
-        *_listed("unknown", sorted(shapes.keys() - expected.keys())),
-        *_listed(
+        *listed("missing", sorted(expected.keys() - shapes.keys())),
+        *listed("unknown", sorted(shapes.keys() - expected.keys())),
+        *listed(
             "of another shape",
             [f"{n} (expected {expected[n]}, got {shapes[n]})" for n in common if tuple(expected[n]) != shapes[n]],
         ),
@@ -127,7 +147,7 @@ def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]
         raise WeightsError(f"the weights do not fit the model: {'; '.join(differences)}. Are they of another config?")
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
+def listed(what: str, names: list[str]) -> list[str]:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return [f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"] if names else []
 
@@ -164,7 +184,7 @@ def _map_safetensors(path: Path) -> tuple[MappedTensors, dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}); fetch or export it again") from error
     if broken := tensors.broken():
-        raise WeightsError(f"{path} is damaged: {_listed('tensors with values that are not finite', broken)[0]}")
+        raise WeightsError(f"{path} is damaged: {listed('tensors with values that are not finite', broken)[0]}")
     return tensors, metadata
 
 
@@ -197,9 +217,6 @@ def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- other people's names
-
-BRANCHES = ("generator_ema", "generator", "model")
-"""Top-level keys of the official checkpoints, in order of preference; their README says which one a file is read by."""
 
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
@@ -239,49 +256,63 @@ def from_wrapper(name: str) -> str:
     return WRAPPERS.sub("", name).removeprefix("model.")
 
 
+_CONVOLUTIONS = {
+    r"conv_in\.": "conv1.",
+    r"norm_out\.": "head.0.",
+    r"conv_out\.": "head.2.",
+    r"mid_block\.resnets\.0\.": "middle.0.",
+    r"mid_block\.attentions\.0\.": "middle.1.",
+    r"mid_block\.resnets\.1\.": "middle.2.",
+    r"down_blocks\.(\d+)\.": r"downsamples.\1.",
+    r"\.norm1\.": ".residual.0.",
+    r"\.conv1\.": ".residual.2.",
+    r"\.norm2\.": ".residual.3.",
+    r"\.conv2\.": ".residual.6.",
+    r"\.conv_shortcut\.": ".shortcut.",
+}
+
+
+def vae_from_diffusers(name: str) -> str:
+    """The name in Wan2.1_VAE.pth of a tensor of diffusers' AutoencoderKLWan, which counts decoder layers by level."""
+    part, _, rest = name.partition(".")
+    if part in ("quant_conv", "post_quant_conv"):
+        return f"{'conv1' if part == 'quant_conv' else 'conv2'}.{rest}"
+    if level := re.match(r"up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", rest):
+        place = 4 * int(level[1]) + int(level[2] or 3)
+        rest = f"upsamples.{place}.{rest[level.end() :]}"
+    rest = f".{rest}"
+    for theirs, ours in reversed(_CONVOLUTIONS.items()):
+        rest = re.sub(theirs, ours, rest)
+    if part not in ("encoder", "decoder") or "_block" in rest:
+        raise WeightsError(f"expected a tensor of Wan's autoencoder, got one called {name!r}")
+    return part + rest
+
+
+_T5 = {
+    "norm1": "layer.0.layer_norm",
+    **{f"attn.{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def umt5_from_official(name: str) -> str:
+    """The name in transformers' UMT5EncoderModel of a tensor of models_t5_umt5-xxl-enc-bf16.pth."""
+    outer = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+    if name in outer:
+        return outer[name]
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+    if block is None or block[2] not in _T5:
+        raise WeightsError(f"expected a tensor of umT5's encoder, got one called {name!r}")
+    return f"encoder.block.{block[1]}.{_T5[block[2]]}.weight"
+
+
 def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> str:
     place, stem, kind = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
     table = block if place else outer
     if stem not in table:
         raise WeightsError(f"expected a tensor of a Wan video transformer, got one called {name!r}")
     return f"{place or ''}{table[stem]}{kind or ''}"
-
-
-def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
-    """A foreign DiT checkpoint, `.pt` or `.safetensors`, official or diffusers, as fp32 under Wan's names.
-
-    branch: which of an official file's dicts to read (default: the first of BRANCHES that it has). Needs torch.
-    WeightsError when the file is missing, damaged, or holds no such thing. Only tensors are unpickled, never code.
-    """
-    state = {from_wrapper(name): tensor for name, tensor in _branch(_read_torch(Path(path)), branch, path).items()}
-    if any(name.startswith("condition_embedder.") for name in state):
-        state = {from_diffusers(name): tensor for name, tensor in state.items()}
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
-
-
-def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, Any]:
-    present = [name for name in BRANCHES if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
-    wanted = branch or (present[0] if present else None)
-    if wanted is not None and wanted not in present:
-        raise WeightsError(f"expected {wanted!r} in {path}, which has {', '.join(present) or 'no such branch'}")
-    state = content if wanted is None else content[wanted]
-    if not isinstance(state, Mapping) or not state or not all(hasattr(tensor, "numpy") for tensor in state.values()):
-        raise WeightsError(f"expected named tensors in {path}, or one of the dicts {', '.join(BRANCHES)}")
-    return state
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise WeightsError("reading foreign checkpoints needs PyTorch: pip install 'cfrt[torch]'") from error
-    if not path.is_file():
-        raise WeightsError(f"expected a checkpoint at {path}, found no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is truncated, damaged or no checkpoint ({first_line}); fetch it again") from error

@@ -9,7 +9,7 @@ import pytest
 from student_fixture import random_weights, small_config
 
 from cfrt import engines, flow
-from cfrt.config import AutoencoderConfig, ModelConfig
+from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Spec, choose, names, refusal
 from cfrt.engines.native import NativeEngine
 from cfrt.engines.torch import TorchEngine
@@ -198,10 +198,6 @@ def test_a_snapshot_of_something_else_is_refused(prepared: Prepared) -> None:
 # ---------------------------------------------------------------------- choosing
 
 
-def wan_decoder() -> ModelConfig:
-    return small_config(autoencoder=AutoencoderConfig(kind="wan", latent_channels=4, spatial=16))
-
-
 def test_auto_takes_the_first_that_can() -> None:
     assert choose("auto", spec_of(small_config())) == (NativeEngine, {})
     engine, refusals = choose("auto", spec_of(small_config(), precision="fp64"))
@@ -212,12 +208,19 @@ def test_auto_takes_the_first_that_can() -> None:
 
 
 def test_a_refusal_gives_its_reason() -> None:
-    spec = Spec(config=wan_decoder(), weights={})
-    assert "kind 'wan'" in (refusal("torch", spec) or "")
-    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*'wan'; torch: .*'wan'"):
+    spec = Spec(config=small_config(), weights={}, decoder="taehv")
+    assert "kind 'tiny'" in (refusal("torch", spec) or "")
+    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; torch: .*'tiny'"):
         choose("auto", spec)
-    with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'wan'.*no other engine"):
+    with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'tiny'.*no other engine"):
         choose("torch", spec)
+
+
+def test_what_an_engine_does_not_claim_is_not_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance, tiles and the like must never be left out silently."""
+    monkeypatch.setattr(TorchEngine, "features", frozenset({"tiles"}))
+    spec = Spec(config=small_config(guidance=3.0), weights={}, tile=4, prefix=5)
+    assert refusal("torch", spec) == "it cannot do a film to go on from or guidance"
 
 
 def test_a_missing_framework_is_a_refusal_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +243,9 @@ def test_no_cuda_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not on 'tpu'" in (refusal("torch", spec_of(small_config(), device="tpu")) or "")
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"threads": 0}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"threads": 0}, {"decoder": "vq"}], ids=str
+)
 def test_a_spec_that_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="expected"):
         spec_of(small_config(), **wrong)

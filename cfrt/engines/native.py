@@ -42,6 +42,7 @@ class NativeEngine:
 
     name: ClassVar[str] = "native"
     fuses: ClassVar[bool] = True
+    features: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:

@@ -3,7 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "cpu/kernels/gemm.h"
+
 namespace cfrt {
+
+// "fp32", "bf16" or "int8"; an Error for another name.
+Precision precision_of(const std::string& name);
 
 void bind_kernels(pybind11::module_& parent);
 void bind_attention(pybind11::module_& kernels);

@@ -90,12 +90,12 @@ test-all: $(STAMPS)/test
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/*
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
 
 types: $(STAMPS)/dev
 	$(BIN)/mypy

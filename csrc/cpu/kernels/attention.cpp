@@ -23,7 +23,7 @@ namespace {
 // vectors. Keys whose weights are kept before the values are gone through. Queries in flight together: they share a
 // block of keys while it is in the first-level cache.
 constexpr int kTile = CFRT_SIMD >= 2 ? 8 : 4;
-constexpr int kBlock = 96;
+constexpr int kBlock = 192;
 constexpr int kGroup = 64;
 
 // The running maximum stands still until it is passed by a factor of 2^kSlack: that costs no precision, since weights

@@ -73,6 +73,8 @@ class Generate:
     """Decode tiles of so many latent cells a side, for less memory. Default: whole frames."""
     model: str = "tiny"
     """An embedded model (see `cfrt models`) or the folder of one."""
+    reference_compat: bool = False
+    """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
     device: str = "cpu"
@@ -149,6 +151,7 @@ class Generate:
             guidance=self.guidance,
             negative=self.negative,
             decoder=self.decoder,
+            reference_compat=self.reference_compat,
             tile=self.tile,
         )
 

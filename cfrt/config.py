@@ -154,6 +154,9 @@ class ModelConfig:
     eps: float = 1e-6
     fps: float = 16.0
     """Pixel frames per second of the video that the model was trained on."""
+    reference_compat: bool = False
+    """Does as the released inference code does, in all that it can be told apart by: noise in its order, from its
+    generator, and sinks at their true distance. A clip then ends where its noise does."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.name, str) and self.name != "", "a name", self.name)
@@ -187,6 +190,11 @@ class ModelConfig:
     def _check_time(self) -> None:
         Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
         _require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
+        _require(
+            not self.reference_compat or self.sink_position == "absolute",
+            'sink_position "absolute" with reference_compat: the released code knows no other',
+            self.sink_position,
+        )
         _require(self.solver in SOLVERS, f"solver in {SOLVERS}", self.solver)
         _require(self.sinks <= self.trained_frames, f"sinks <= trained_frames = {self.trained_frames}", self.sinks)
         whole = self.trained_frames % self.unit == 0  # so that no unit is both beyond the clip and, in part, a sink
@@ -252,6 +260,10 @@ class ModelConfig:
     def guided(self) -> bool:
         """Does every pass run twice, once for the negative prompt?"""
         return self.guidance != 1
+
+    def as_reference(self) -> Self:
+        """This model, run as the released code runs it."""
+        return replace(self, reference_compat=True, sink_position="absolute")
 
     def unit_steps(self, unit: int) -> tuple[float, ...]:
         """The step list (u, before the warp) of a unit."""

@@ -69,6 +69,7 @@ class Stream:
         own (teachers have both, students need neither). More than 1 doubles the work and the ring.
     decoder: "taehv" for the small decoder of Wan's latents, where the model's folder has it; None the model's own.
     tile: latent cells along the side of the tiles that are decoded at once, for less memory and blended seams.
+    reference_compat: as the released inference code does it (`ModelConfig.reference_compat`).
     engine, device, precision, threads: see `cfrt.engines`.
 
     Errors come at construction: WeightsError, ConfigError, PromptError, EngineError. What goes wrong later is raised by
@@ -91,6 +92,7 @@ class Stream:
         negative: str | None = None,
         decoder: str | None = None,
         tile: int | None = None,
+        reference_compat: bool = False,
         device: str = "cpu",
         precision: str = "auto",
         threads: int | None = None,
@@ -100,6 +102,8 @@ class Stream:
         self.config, weights = load_model(folder)
         if guidance is not None:
             self.config = replace(self.config, guidance=guidance)
+        if reference_compat:
+            self.config = self.config.as_reference()
         self._text = encoder(self.config, weights, folder) if text is None else self._reader(text)
         encoded = self._encode(prompt)
         beat = self._beat(fps, keep)

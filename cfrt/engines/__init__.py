@@ -64,6 +64,7 @@ class Spec:
             "a film to go on from": self.prefix > 1,
             "another decoder": self.decoder is not None,
             "tiles": self.tile is not None,
+            "reference noise": self.config.reference_compat,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 

@@ -17,6 +17,7 @@ from ..errors import EngineError
 from ..flow import TIME_SCALE, guide, x0_from_v
 from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
+from ..nn.reference_noise import ReferenceNoise
 from ..nn.ring import RingCache
 from ..nn.taehv import TAEHV
 from ..nn.tiles import Tiling
@@ -46,7 +47,9 @@ class TorchEngine:
 
     name: ClassVar[str] = "torch"
     fuses: ClassVar[bool] = True
-    features: ClassVar[frozenset[str]] = frozenset({"guidance", "a film to go on from", "another decoder", "tiles"})
+    features: ClassVar[frozenset[str]] = frozenset(
+        {"guidance", "a film to go on from", "another decoder", "reference noise", "tiles"}
+    )
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -73,6 +76,7 @@ class TorchEngine:
         self._prepare_pixels(spec)
         self._null = self._negative(spec)
         self._ring = RingCache(spec.config, 1 if self._null is None else 2, self._dtype, self._device)
+        self._reference = self._reference_noise(spec) if spec.config.reference_compat else None
         self._text: TextKV | None = None
         self._decoded = 0  # units decoded: the next one's number
         self._state: Any = None
@@ -89,6 +93,11 @@ class TorchEngine:
         self._at_once = spec.config.unit if config.kind == "tiny" else 1  # latent frames: Wan's are large
         self._made_by = (spec.decoder or config.kind, spec.tile)
 
+    def _reference_noise(self, spec: Spec) -> ReferenceNoise:
+        config = spec.config
+        prefix = config.unit * (config.unit_at(spec.prefix - 1) + 1)
+        return ReferenceNoise(config, spec.seed, self._dtype, self._device, prefix)
+
     def _negative(self, spec: Spec) -> Tensor | None:
         if spec.config.guided and spec.null is None:
             raise EngineError(f"expected the rows of a negative prompt for {spec.config.name!r}, which is guided")
@@ -101,6 +110,8 @@ class TorchEngine:
 
     def noise(self, unit: int, step: int) -> Tensor:
         config = self._config
+        if self._reference is not None:
+            return self._reference(unit, step).to(torch.promote_types(self._dtype, torch.float32))
         shape = (1, config.unit, config.latent_channels, *config.latent_grid)
         made = torch.from_numpy(noise.normal(self._seed, unit, step, noise.Purpose.SAMPLE, shape))
         return made.to(self._device, torch.promote_types(self._dtype, torch.float32))

@@ -117,7 +117,7 @@ def test_a_resampled_past_is_the_networks_guess_in_a_share_of_the_clips(
     assert torch.equal(half.captions, batch.captions)
     generator = torch.Generator().manual_seed(1)
     s = flow.warp(flow.unwarp(0.7, shift) * torch.rand(2, 1, generator=generator), shift).expand(2, DATA.units)
-    own = batch[:2]
+    own = batch.first(2)
     x = flow.add_noise(own.latents, torch.randn(own.latents.shape, generator=generator), broadcast(s))
     torch.testing.assert_close(half.latents[:2], x - broadcast(s) * network.teacher_forced(x, s, own))
 

@@ -45,9 +45,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, clips: slice) -> Self:
-        """Some of the clips."""
-        return replace(self, **{name: getattr(self, name)[clips] for name in self._of_clips})
+    def first(self, count: int) -> Self:
+        """The first `count` clips."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in self._of_clips})
 
     def to_null(self) -> Self:
         """The same under the unconditional prompt."""

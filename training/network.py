@@ -94,7 +94,7 @@ def resampled(
     count = round(share * len(batch))
     if count == 0:
         return batch
-    past = batch[:count]
+    past = batch.first(count)
     x0 = past.latents
     u = flow.unwarp(top, shift) * torch.rand(count, 1, generator=generator)
     s = flow.warp(u, shift).to(x0.device).expand(x0.shape[:2])

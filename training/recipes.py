@@ -14,6 +14,11 @@ from typing import Literal
 from cfrt.config import PRESETS, ModelConfig, TextConfig
 from training import autoencoder, bidirectional, captions, cd, data, decoder, dmd, evaluate, loop, teacher
 
+# In the class, `data`, `teacher` and `cd` are its fields.
+_Clips = data.Config
+_Teacher = teacher.Config
+_Distillation = cd.Config
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -33,12 +38,12 @@ class Recipe:
     teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=14_400, ema=0.998))
     cd: cd.Config = field(default_factory=lambda: cd.Config(steps=2400, guidance=3.5, lr=7e-4))
     decoder: decoder.Config = field(default_factory=decoder.Config)
-    long: data.Config = field(default_factory=lambda: data.Config(clips=15_000, units=16))
+    long: _Clips = field(default_factory=lambda: data.Config(clips=15_000, units=16))
     """Longer clips, for the second part of the AR teacher and of the distillation."""
-    teacher_long: teacher.Config = field(
+    teacher_long: _Teacher = field(
         default_factory=lambda: teacher.Config(steps=3400, batch=10, lr=1.2e-3, ema=0.998, resampled=0.6)
     )
-    cd_long: cd.Config = field(
+    cd_long: _Distillation = field(
         default_factory=lambda: cd.Config(
             steps=1400, batch=10, guidance=3.5, guidance_later=2.0, lr=4e-4, resampled=0.6
         )

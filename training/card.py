@@ -32,7 +32,7 @@ COLUMNS = {
     "real": "real clips",
     "reconstruction": "through the autoencoder",
     "teacher": "AR teacher, {teacher_steps} guided steps",
-    "cd": "after consistency distillation alone, {steps} steps",
+    "cd_long": "after consistency distillation alone, {steps} steps",
     "dmd": "after DMD, {steps} steps",
     "student": "**student, {steps} steps**",
 }
@@ -67,7 +67,7 @@ def collect(recipe: Recipe, out: Path) -> Results:
     autoencoder, model = chain.shown(recipe, out), recipe.model
     teacher = chain.trained_network(recipe, out, "teacher_long").eval().requires_grad_(False)
     samplers = {"teacher": sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)}
-    for stage in ("cd", "dmd"):
+    for stage in ("cd_long", "dmd"):
         student = chain.trained_network(recipe, out, stage).eval().requires_grad_(False)
         samplers["student" if stage == recipe.ships else stage] = sources.student(student, model)
     began = time.monotonic()

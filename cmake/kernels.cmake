@@ -1,6 +1,6 @@
 # The CPU kernels: every file of the list is compiled once for each instruction set level, and all of them go into the
 # one module, which picks at run time (csrc/cpu/isa.h).
-set(CFRT_KERNELS attention gemm_bf16 gemm_fp32 gemm_int8 gemm_rows pointwise)
+set(CFRT_KERNELS attention conv gemm_bf16 gemm_fp32 gemm_int8 gemm_rows pointwise)
 
 # cfrt_level(name number flags...): csrc/cpu/simd.h says what the two macros mean.
 function(cfrt_level name number)

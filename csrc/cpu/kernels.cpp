@@ -9,11 +9,12 @@
     extern const RowKernels rows;                                \
     extern const AttentionKernel attention_fp32, attention_bf16; \
     extern const PointwiseKernels pointwise;                     \
+    extern const ConvKernels conv;                               \
     }
-#define CFRT_TABLE(level)                                                                \
-    Kernels {                                                                            \
-        Isa::level, {level::gemm_fp32, level::gemm_bf16, level::gemm_int8}, level::rows, \
-            {level::attention_fp32, level::attention_bf16}, level::pointwise             \
+#define CFRT_TABLE(level)                                                                 \
+    Kernels {                                                                             \
+        Isa::level, {level::gemm_fp32, level::gemm_bf16, level::gemm_int8}, level::rows,  \
+            {level::attention_fp32, level::attention_bf16}, level::pointwise, level::conv \
     }
 
 CFRT_DECLARE(plain)

@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "kernels/attention.h"
+#include "kernels/conv.h"
 #include "kernels/gemm.h"
 #include "kernels/pointwise.h"
 
@@ -14,6 +15,7 @@ struct Kernels {
     RowKernels rows;
     AttentionKernel attentions[2];  // by Precision of the keys and values: fp32, bf16
     PointwiseKernels pointwise;
+    ConvKernels conv;
 
     const GemmKernel& product(Precision precision) const { return gemm[static_cast<int>(precision)]; }
     const AttentionKernel& attention(Precision precision) const { return attentions[static_cast<int>(precision)]; }

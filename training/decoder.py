@@ -25,7 +25,7 @@ from training.optimisers import adam
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 2400
+    steps: int = 2000
     batch: int = 6
     units: int = 8
     """Latent frames of a clip."""

@@ -41,11 +41,11 @@ class Recipe:
     long: _Clips = field(default_factory=lambda: data.Config(clips=15_000, units=16))
     """Longer clips, for the second part of the AR teacher and of the distillation."""
     teacher_long: _Teacher = field(
-        default_factory=lambda: teacher.Config(steps=3400, batch=10, lr=1.2e-3, ema=0.998, resampled=0.6)
+        default_factory=lambda: teacher.Config(steps=2550, batch=10, lr=1.2e-3, ema=0.998, resampled=0.6)
     )
     cd_long: _Distillation = field(
         default_factory=lambda: cd.Config(
-            steps=1400, batch=10, guidance=3.5, guidance_later=2.0, lr=4e-4, resampled=0.6
+            steps=1200, batch=10, guidance=3.5, guidance_later=2.0, lr=4e-4, resampled=0.6
         )
     )
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=80, tau=(0.02, 0.6)))

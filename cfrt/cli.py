@@ -1,4 +1,4 @@
-"""The command `cfrt`: generate, doctor, models.
+"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -16,15 +16,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, UseAppendAction, arg, subcommand
 
 from . import __version__
 from .errors import CfrtError, VideoError
+from .model_commands import Convert, Plan, Pull
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from .config import ModelConfig
     from .frame import Frame
     from .stats import Stats
     from .stream import Stream
@@ -56,14 +60,27 @@ class Generate:
     """Change the prompt at that second (at the first unit that starts then or later). May be repeated."""
     image: str | None = None
     """A picture that the video starts from."""
+    prefix: str | None = None
+    """A film that the video goes on from: the end of it, as much as the model was trained on at once. The video begins
+    with it, and so do its seconds."""
+    guidance: float | None = None
+    """Weight of classifier-free guidance. Default: the model's own, which is none for students."""
+    negative: str | None = None
+    """The prompt that guidance leads away from. Default: the model's own."""
+    decoder: Literal["taehv"] | None = None
+    """taehv takes the small decoder, for models that have one. Default: the model's own."""
+    tile: int | None = None
+    """Decode tiles of so many latent cells a side, for less memory. Default: whole frames."""
     model: str = "tiny"
     """An embedded model (see `cfrt models`) or the folder of one."""
+    reference_compat: bool = False
+    """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    precision: str = "fp32"
-    """fp32, bf16, fp16 or fp64."""
+    precision: str = "auto"
+    """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1
     """CPU threads. A small model is fastest with one, and the same number gives the same video."""
     fps: float | None = None
@@ -117,11 +134,9 @@ class Generate:
         from .config import ModelConfig
         from .stream import Stream
 
-        picture = None
-        if self.image is not None:
-            from .video import read_picture
-
-            picture = read_picture(self.image, ModelConfig.load(students.find(self.model) / students.CONFIG).frame_size)
+        config = None
+        if self.image is not None or self.prefix is not None:
+            config = ModelConfig.load(students.find(self.model) / students.CONFIG)
         return Stream(
             self.prompt,
             model=self.model,
@@ -131,8 +146,32 @@ class Generate:
             threads=self.threads,
             seed=self.seed,
             fps="max",
-            image=picture,
+            image=None if config is None else self._picture(config),
+            prefix=None if config is None else self._film(config),
+            guidance=self.guidance,
+            negative=self.negative,
+            decoder=self.decoder,
+            reference_compat=self.reference_compat,
+            tile=self.tile,
         )
+
+    def _picture(self, config: "ModelConfig") -> "np.ndarray | None":
+        from .video import read_picture
+
+        return None if self.image is None else read_picture(self.image, config.frame_size)
+
+    def _film(self, config: "ModelConfig") -> "np.ndarray | None":
+        """The end of the film, in whole units."""
+        from .video import read_film
+
+        if self.prefix is None:
+            return None
+        longest = config.first_frame(config.trained_frames // config.unit)
+        film = read_film(self.prefix, config.frame_size, config.fps, longest)
+        whole = config.first_frame(config.unit_at(len(film)))
+        if whole == 0:
+            raise VideoError(f"expected at least {config.first_frame(1)} frames in {self.prefix}, got {len(film)}")
+        return film[-whole:]
 
     def _write(self, stream: "Stream", changes: list[tuple[float, str]]) -> int:
         """Frames from the stream into every output; gives their number."""
@@ -157,7 +196,7 @@ class Generate:
         if self.json:
             print(json.dumps(self._measurements(stream, stats, frames, wall)))
         elif not self.quiet:
-            made_by = f"{stream.config.name} ({stream.engine}, seed {self.seed})"
+            made_by = f"{stream.config.name} ({stream.engine}, {stream.precision}, seed {self.seed})"
             parts = (
                 f"{', '.join(self._outputs)}: {frames} frames by {made_by}",
                 f"{frames / wall:.1f} fps with decoding and encoding",
@@ -173,7 +212,7 @@ class Generate:
             "model": stream.config.name,
             "engine": stream.engine,
             "device": self.device,
-            "precision": self.precision,
+            "precision": stream.precision,
             "threads": self.threads,
             "prompt": self.prompt,
             "seed": self.seed,
@@ -219,6 +258,9 @@ Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Models, subcommand("models")]
+    | Annotated[Pull, subcommand("pull")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Plan, subcommand("plan")]
 )
 
 

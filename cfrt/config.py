@@ -17,6 +17,7 @@ from .errors import ConfigError
 AUTOENCODERS = ("tiny", "wan", "taehv")
 TEXTS = ("table", "umt5")
 SINK_POSITIONS = ("relative", "absolute")
+SOLVERS = ("renoise", "euler")
 
 
 def _require(condition: bool, expected: str, got: object) -> None:
@@ -66,11 +67,22 @@ class AutoencoderConfig:
     temporal: int = 4
     widths: tuple[int, ...] = ()
     """Channels of each level, from pixels to latents; empty where the kind fixes them."""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    """Of each latent channel, where the autoencoder's weights do not hold them; empty = 0 and 1."""
 
     def __post_init__(self) -> None:
         _require(self.kind in AUTOENCODERS, f"autoencoder kind to be one of {', '.join(AUTOENCODERS)}", self.kind)
         _counts(self, "latent_channels", "spatial", "temporal")
         _require(all(width >= 1 for width in _tuple(self, "widths", int)), "autoencoder widths >= 1", self.widths)
+        for name in ("mean", "std"):
+            values = _tuple(self, name, float, self.latent_channels if getattr(self, name) else 0)
+            _require(name == "mean" or all(value > 0 for value in values), "latent std > 0", values)
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of every latent channel."""
+        return self.mean or (0.0,) * self.latent_channels, self.std or (1.0,) * self.latent_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,8 @@ class TextConfig:
     """Phrase (lower case, several words allowed) -> row of the table; row 0 is padding, all zeros."""
     ignored: tuple[str, ...] = ()
     """Filler words, skipped without a warning."""
+    negative: str = ""
+    """The prompt that guidance leads away from; a table leads away from no words at all."""
 
     def __post_init__(self) -> None:
         _require(self.kind in TEXTS, f"text kind to be one of {', '.join(TEXTS)}", self.kind)
@@ -94,6 +108,7 @@ class TextConfig:
             _require(isinstance(phrase, str) and phrase == phrase.lower().strip() != "", "lower-case phrases", phrase)
             _require(type(row) is int and row >= 1, f"a row >= 1 for {phrase!r} (row 0 is padding)", row)
         _tuple(self, "ignored", str)
+        _require(isinstance(self.negative, str), "the negative prompt to be text", self.negative)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +136,11 @@ class ModelConfig:
     shift: float
     first_steps: tuple[float, ...] | None = None
     """The list for unit 0, which has no past to lean on; None = `steps`."""
+    solver: str = "renoise"
+    """From one level to the next: "renoise" puts new noise on the estimate of x0 (students), "euler" follows the flow,
+    and ends at 0 (teachers)."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance, v_null + weight (v - v_null); 1 is none, and half of the work."""
     sinks: int = 0
     """K: first latent frames of the stream, seen for ever."""
     sink_position: str = "relative"
@@ -134,6 +154,9 @@ class ModelConfig:
     eps: float = 1e-6
     fps: float = 16.0
     """Pixel frames per second of the video that the model was trained on."""
+    reference_compat: bool = False
+    """Does as the released inference code does, in all that it can be told apart by: noise in its order, from its
+    generator, and sinks at their true distance. A clip then ends where its noise does."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.name, str) and self.name != "", "a name", self.name)
@@ -143,7 +166,7 @@ class ModelConfig:
             self, "width", "depth", "heads", "ffn", "latent_channels", "unit", "window", "trained_frames", "time_width"
         )
         _counts(self, "sinks", least=0)
-        _positives(self, "shift", "rope_theta", "eps", "fps")
+        _positives(self, "shift", "rope_theta", "eps", "fps", "guidance")
         self._check_sizes()
         self._check_time()
 
@@ -167,6 +190,12 @@ class ModelConfig:
     def _check_time(self) -> None:
         Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
         _require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
+        _require(
+            not self.reference_compat or self.sink_position == "absolute",
+            'sink_position "absolute" with reference_compat: the released code knows no other',
+            self.sink_position,
+        )
+        _require(self.solver in SOLVERS, f"solver in {SOLVERS}", self.solver)
         _require(self.sinks <= self.trained_frames, f"sinks <= trained_frames = {self.trained_frames}", self.sinks)
         whole = self.trained_frames % self.unit == 0  # so that no unit is both beyond the clip and, in part, a sink
         _require(whole, f"trained_frames to be a multiple of the unit {self.unit}", self.trained_frames)
@@ -226,6 +255,15 @@ class ModelConfig:
     def unit_at(self, frame: int) -> int:
         """The unit of a pixel frame; -1 for frames before the stream."""
         return -1 if frame < 0 else max(0, (frame - self.unit_frames(0)) // self.unit_frames(1) + 1)
+
+    @property
+    def guided(self) -> bool:
+        """Does every pass run twice, once for the negative prompt?"""
+        return self.guidance != 1
+
+    def as_reference(self) -> Self:
+        """This model, run as the released code runs it."""
+        return replace(self, reference_compat=True, sink_position="absolute")
 
     def unit_steps(self, unit: int) -> tuple[float, ...]:
         """The step list (u, before the warp) of a unit."""
@@ -293,6 +331,23 @@ def _even(count: int) -> tuple[float, ...]:
     return tuple(1 - i / count for i in range(count))
 
 
+WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+"""Of the latents of Wan2.1_VAE.pth, from Wan2.1's own code."""
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
+    "倒着走"
+)
+"""The negative prompt that Wan2.1 was tuned with."""
+
+
 def _wan(
     name: str, unit: int, steps: int, first: int | None = None, *, window: int = 21, sinks: int = 0
 ) -> ModelConfig:
@@ -305,8 +360,10 @@ def _wan(
         ffn=8960,
         latent_channels=16,
         latent_grid=(60, 104),
-        text=TextConfig(kind="umt5", width=4096, length=512),
-        autoencoder=AutoencoderConfig(kind="wan", latent_channels=16, spatial=8, widths=(96, 192, 384, 384)),
+        text=TextConfig(kind="umt5", width=4096, length=512, negative=WAN_NEGATIVE),
+        autoencoder=AutoencoderConfig(
+            kind="wan", latent_channels=16, spatial=8, widths=(96, 192, 384, 384), mean=WAN_MEAN, std=WAN_STD
+        ),
         unit=unit,
         window=window,
         sinks=sinks,
@@ -315,6 +372,11 @@ def _wan(
         first_steps=None if first is None else _even(first),
         shift=5.0,
     )
+
+
+def _wan_teacher(name: str, unit: int) -> ModelConfig:
+    """Stage 1: 48 Euler steps, guidance 3, as arXiv:2605.15141 samples the teacher that it distils."""
+    return replace(_wan(name, unit, steps=48), solver="euler", guidance=3.0)
 
 
 def _wan_14b() -> ModelConfig:
@@ -354,8 +416,8 @@ PRESETS: dict[str, ModelConfig] = {
         _wan("wan-1.3b-framewise-4step", 1, 4),  #                       B: 8.69 FPS, VBench 84.10
         _wan("wan-1.3b-framewise-2step", 1, 2, first=4),  #              B: 14.1 FPS, VBench 84.14
         _wan("wan-1.3b-framewise-1step", 1, 1, first=4),  #              B: 20.7 FPS, VBench 83.35
-        _wan("wan-1.3b-chunkwise-ar", 3, 50),  #                         A: VBench 82.12 (teacher forcing)
-        _wan("wan-1.3b-framewise-ar", 1, 50),  #                         the teacher of B; no number of its own
+        _wan_teacher("wan-1.3b-chunkwise-ar", 3),  #                     A: VBench 82.12 (teacher forcing)
+        _wan_teacher("wan-1.3b-framewise-ar", 1),  #                     the teacher of B; no number of its own
         _wan("wan-1.3b-chunkwise-ode", 3, 4),  #                         starts the DMD of A: VBench 84.04 after it
         _wan("wan-1.3b-framewise-ode", 1, 4),  #                         starts the DMD of A: VBench 83.75 after it
         _wan("wan-1.3b-chunkwise-cd", 3, 4),  #                          A: VBench 81.48 (causal teacher)

@@ -1,6 +1,8 @@
-"""Single pictures: enlarging, PNG, reading. Pixels are (H, W, 3) uint8 throughout."""
+"""Pictures: enlarging, PNG, reading one or a film of them. Pixels are (H, W, 3) uint8 throughout."""
 
 import os
+from collections import deque
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
@@ -33,6 +35,40 @@ def read_picture(path: str | os.PathLike[str], size: tuple[int, int]) -> np.ndar
     except (OSError, av.FFmpegError, IndexError, StopIteration) as error:
         reason = getattr(error, "strerror", None) or "there is none in it"
         raise VideoError(f"cannot read a picture from {os.fspath(path)}: {reason}") from error
+    return _fitted(picture, size)
+
+
+def read_film(path: str | os.PathLike[str], size: tuple[int, int], fps: float, longest: int) -> np.ndarray:
+    """The end of a video file, at most `longest` frames at `fps` a second, each as `read_picture` cuts it:
+    (T, H, W, 3) uint8. VideoError when it cannot be read."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            kept = deque(_at_rate(container.decode(video=0), fps), maxlen=longest)
+            film = [_fitted(frame.to_ndarray(format="rgb24"), size) for frame in kept]
+    except (OSError, av.FFmpegError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or "there is none in it"
+        raise VideoError(f"cannot read a film from {os.fspath(path)}: {reason}") from error
+    if not film:
+        raise VideoError(f"cannot read a film from {os.fspath(path)}: there is no frame in it")
+    return np.stack(film)
+
+
+def _at_rate(frames: Iterator[av.VideoFrame], fps: float) -> Iterator[av.VideoFrame]:
+    """At every time k / fps the last frame whose time has come; the last frame of all once."""
+    count, start, shown = 0, None, None
+    for frame in frames:
+        time = frame.time or 0.0
+        start = time if start is None else start
+        while shown is not None and (time - start) * fps > count + 1e-3:
+            yield shown
+            count += 1
+        shown = frame
+    if shown is not None:
+        yield shown
+
+
+def _fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cut to the shape of (height, width) about its centre and resized to it."""
     height, width = size
     rows, columns, _ = picture.shape
     shrink = min(rows / height, columns / width)

@@ -12,18 +12,20 @@ import math
 import os
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Literal, Self
 
 import numpy as np
 
 from . import students
+from .config import ModelConfig
 from .engines import Spec, choose
 from .errors import CfrtError, EngineError, VideoError
 from .frame import Frame
 from .stats import Stats
-from .text import Encoded, encoder
+from .text import Encoded, Text, UMT5Text, encoder
 from .timeline import Timeline
 from .weights import load_model
 from .worker import State, Worker
@@ -60,6 +62,14 @@ class Stream:
     keep: "all" hands out every frame, however slow the consumer; "latest" goes on in its own time and skips what a slow
         consumer has missed.
     image: (H, W, 3) uint8 of the model's frame size; the stream starts from it (frame 0 is its reconstruction).
+    prefix: (T, H, W, 3) uint8, a film to go on from, in place of `image`: as many frames as whole units have, of which
+        the stream hands out the reconstruction first.
+    text: what reads prompts (`cfrt.text.Text`), or the folder of umT5's files; None finds what belongs to the model.
+    guidance, negative: weight of classifier-free guidance and the prompt that it leads away from; None are the model's
+        own (teachers have both, students need neither). More than 1 doubles the work and the ring.
+    decoder: "taehv" for the small decoder of Wan's latents, where the model's folder has it; None the model's own.
+    tile: latent cells along the side of the tiles that are decoded at once, for less memory and blended seams.
+    reference_compat: as the released inference code does it (`ModelConfig.reference_compat`).
     engine, device, precision, threads: see `cfrt.engines`.
 
     Errors come at construction: WeightsError, ConfigError, PromptError, EngineError. What goes wrong later is raised by
@@ -76,25 +86,48 @@ class Stream:
         fps: float | Literal["max"] | None = None,
         keep: Literal["all", "latest"] = "all",
         image: np.ndarray | None = None,
+        prefix: np.ndarray | None = None,
+        text: Text | str | os.PathLike[str] | None = None,
+        guidance: float | None = None,
+        negative: str | None = None,
+        decoder: str | None = None,
+        tile: int | None = None,
+        reference_compat: bool = False,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         threads: int | None = None,
     ) -> None:
         born = perf_counter()
-        self.config, weights = load_model(students.find(model))
-        spec = Spec(config=self.config, weights=weights, device=device, precision=precision, seed=seed, threads=threads)
-        self._text = encoder(self.config, weights)
+        folder = students.find(model)
+        self.config, weights = load_model(folder)
+        if guidance is not None:
+            self.config = replace(self.config, guidance=guidance)
+        if reference_compat:
+            self.config = self.config.as_reference()
+        self._text = encoder(self.config, weights, folder) if text is None else self._reader(text)
         encoded = self._encode(prompt)
         beat = self._beat(fps, keep)
-        image = self._picture(image)
+        prefix = continuation(self.config, image, prefix)
+        spec = Spec(
+            config=self.config,
+            weights=weights,
+            device=device,
+            precision=precision,
+            seed=seed,
+            threads=threads,
+            null=self._null(negative),
+            prefix=0 if prefix is None else len(prefix),
+            decoder=decoder,
+            tile=tile,
+        )
         chosen, self.refusals = choose(engine, spec)
         made = chosen()
         made.prepare(spec)
-        self.engine, self.seed = chosen.name, seed
-        self._identity = (self.config.name, self.engine, device, precision, seed)
+        self.engine, self.precision, self.seed = chosen.name, made.precision, seed
+        self._identity = (self.config.name, self.engine, device, self.precision, seed)
         self._prompt = prompt
         timeline = Timeline(prompt, encoded.rows)
-        self._worker = Worker(made, self.config, timeline, fps=beat, live=keep == "latest", image=image, born=born)
+        self._worker = Worker(made, self.config, timeline, fps=beat, live=keep == "latest", prefix=prefix, born=born)
         self._stop = weakref.finalize(self, self._worker.close)
 
     def frames(self, n: int | None = None, seconds: float | None = None) -> Iterator[Frame]:
@@ -192,14 +225,36 @@ class Stream:
             raise ValueError(f'expected fps > 0, "max" or None, got {fps!r}')
         return float(beat)
 
-    def _picture(self, image: np.ndarray | None) -> np.ndarray | None:
-        if image is None:
+    def _reader(self, text: Text | str | os.PathLike[str]) -> Text:
+        if not isinstance(text, str | os.PathLike):
+            return text
+        if self.config.text.kind != "umt5":
+            raise EngineError(f"{self.config.name!r} reads through its own table; there is no text encoder to give it")
+        return UMT5Text(self.config.text, [Path(text).expanduser()])
+
+    def _null(self, negative: str | None) -> np.ndarray | None:
+        """Text rows to lead away from, where the model is guided."""
+        if not self.config.guided:
+            if negative is not None:
+                raise EngineError(f"{self.config.name!r} is not guided (guidance 1), so it reads no negative prompt")
             return None
-        height, width = self.config.frame_size
-        if self.config.unit != 1:
+        text = self.config.text
+        words = text.negative if negative is None else negative
+        if text.kind == "table" and not words.strip():
+            return np.zeros((text.length, text.width), dtype=np.float32)
+        return self._encode(words).rows
+
+
+def continuation(config: ModelConfig, image: np.ndarray | None, prefix: np.ndarray | None) -> np.ndarray | None:
+    """The pictures that a stream goes on from, (T, H, W, 3) uint8, checked against the model; None for none."""
+    height, width = config.frame_size
+    if image is not None and prefix is not None:
+        raise ValueError("expected image or prefix, got both")
+    if image is not None:
+        if config.unit != 1:
             raise EngineError(
-                f"only a frame-wise model can start from a picture; {self.config.name!r} makes units of "
-                f"{self.config.unit} latent frames"
+                f"only a frame-wise model can start from a picture; {config.name!r} makes units of {config.unit} "
+                f"latent frames"
             )
         if not isinstance(image, np.ndarray) or image.shape != (height, width, 3) or image.dtype != np.uint8:
             got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -207,4 +262,14 @@ class Stream:
                 f"expected a picture ({height}, {width}, 3) uint8, got {got}; "
                 f"cfrt.video.read_picture(path, ({height}, {width})) makes one"
             )
-        return image
+        return image[None]
+    if prefix is None:
+        return None
+    if not isinstance(prefix, np.ndarray) or prefix.shape[1:] != (height, width, 3) or prefix.dtype != np.uint8:
+        got = f"{prefix.shape} {prefix.dtype}" if isinstance(prefix, np.ndarray) else type(prefix).__name__
+        raise VideoError(f"expected pictures (T, {height}, {width}, 3) uint8, got {got}")
+    units = config.unit_at(len(prefix) - 1) + 1
+    if len(prefix) == 0 or config.first_frame(units) != len(prefix):
+        fitting = ", ".join(str(config.first_frame(n)) for n in (1, 2, 3, max(4, units)))
+        raise VideoError(f"expected as many pictures as whole units have ({fitting}, ...), got {len(prefix)}; cut some")
+    return prefix

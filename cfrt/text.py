@@ -1,24 +1,35 @@
 """From a prompt to what the model reads: rows of text, [L, width].
 
 The small student knows a closed vocabulary: a table with one row per concept, and phrases that lead to it ("big" and
-"large" to the same row). No I/O, no torch. A large model's encoder answers the same protocol.
+"large" to the same row). A large model has an encoder of its own, umT5, which answers the same protocol: it is loaded
+when a prompt comes that is not among the embeddings kept on disk, and PyTorch with it.
 """
 
 import difflib
+import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from . import embeddings, hub
 from .config import ModelConfig, TextConfig
 from .errors import EngineError, PromptError, WeightsError
+from .official import TEXT_ENCODER, TOKENIZER, WAN, WAN_DIFFUSERS
 
-LONGEST_PROMPT = 1000
-"""Characters. Far beyond what any caption of these models holds; what is longer is a mistake, not a prompt."""
+if TYPE_CHECKING:
+    from .nn.umt5 import UMT5
+
+LONGEST_PROMPT, LONGEST_STORY = 1000, 10_000
+"""Characters, for a table and for umT5. Far beyond what any caption of these models holds; what is longer is a mistake,
+not a prompt."""
 
 TABLE = "text.table"
 """Key of the table in a model's weights."""
@@ -41,6 +52,8 @@ class Encoded:
     """Phrases that were understood but found no room in the L rows."""
     hint: str = ""
     """What the unknown words may have meant."""
+    pieces: str = "concepts"
+    """What a row is."""
 
     def warn(self, stacklevel: int = 2) -> None:
         """One PromptWarning that names everything the model will not read; nothing when it reads all."""
@@ -48,7 +61,7 @@ class Encoded:
         if self.unknown:
             parts.append(f"the model does not know {_listed(self.unknown)}{self.hint}")
         if self.dropped:
-            parts.append(f"it reads at most {len(self.rows)} concepts, so {_listed(self.dropped)} found no room")
+            parts.append(f"it reads at most {len(self.rows)} {self.pieces}, so {_listed(self.dropped)} found no room")
         if parts:
             warnings.warn("; ".join(parts), PromptWarning, stacklevel=stacklevel + 1)
 
@@ -127,12 +140,110 @@ class TableText:
         return ", ".join(ordered[:: max(1, len(ordered) // 8)]) or "nothing, its vocabulary is empty"
 
 
-def check(prompt: str) -> str:
+# ---------------------------------------------------------------------- umT5
+
+OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
+WEIGHTS_PLACES = ("text_encoder/config.json", OFFICIAL_WEIGHTS)
+TOKENIZER_PLACES = ("tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
+RELEASES = (WAN_DIFFUSERS, WAN)
+"""Hub repositories that hold both, each in one of these places."""
+
+
+class UMT5Text:
+    """Wan2.1's text encoder: umT5's rows, zeros after the last. The network looks at the zeros too, as Wan has it.
+
+    folders: where its files may be, in the layout of either release; the first folder that has any is taken.
+    device, precision: "cpu" or "cuda", "bf16" (as released, 11 GB) or "fp32". It stays in memory once it was needed.
+    kept: folder of the embeddings on disk, None for `cfrt.embeddings.home()`."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        folders: Sequence[Path],
+        *,
+        device: str = "cpu",
+        precision: str = "bf16",
+        kept: Path | None = None,
+    ) -> None:
+        if precision not in ("bf16", "fp32"):
+            raise EngineError(f"expected bf16 or fp32 for the text encoder, got {precision!r}")
+        self._config, self._folders, self._device, self._precision = config, list(folders), device, precision
+        files = self._files()
+        found = "*" if files is None else embeddings.fingerprint(_all_files(*files))
+        name = f"umt5-{config.width}x{config.length}-{found}-{precision}-{device.split(':')[0]}"
+        self._kept = embeddings.Embeddings(name, folder=kept)
+
+    def encode(self, prompt: str) -> Encoded:
+        """PromptError when there is no prompt; WeightsError, which says what to put where, when umT5 is needed and its
+        files are not here."""
+        said = self._kept.get(check(prompt, LONGEST_STORY))
+        if said is None:
+            said = self._umt5(prompt)
+            self._kept.put(prompt, *said)
+        found, dropped = said
+        rows = np.zeros((self._config.length, self._config.width), dtype=np.float32)
+        rows[: len(found)] = found
+        return Encoded(rows=rows, words=(), dropped=(dropped,) if dropped else (), pieces="tokens")
+
+    @cached_property
+    def _umt5(self) -> "UMT5":
+        files = self._files()
+        if files is None:
+            raise WeightsError(self._what_to_put_where())
+        missing = [name for name in ("torch", "transformers", "tokenizers", "ftfy") if find_spec(name) is None]
+        if missing:
+            raise EngineError(f"reading prompts needs {', '.join(missing)}: pip install 'cfrt[wan]'")
+        from .nn.umt5 import UMT5
+
+        length, width = self._config.length, self._config.width
+        umt5 = UMT5.load(*files, length, device=self._device, precision=self._precision)
+        if umt5.width != width:
+            raise WeightsError(f"expected a text encoder of width {width}, got {umt5.width} in {files[0]}")
+        return umt5
+
+    def _files(self) -> tuple[Path, Path] | None:
+        """The weights (a folder, or the official file) and tokenizer.json; None when either is nowhere."""
+        weights, tokenizer = (self._first(places) for places in (WEIGHTS_PLACES, TOKENIZER_PLACES))
+        if weights is None or tokenizer is None:
+            return None
+        return weights if weights.name == OFFICIAL_WEIGHTS else weights.parent, tokenizer
+
+    def _first(self, places: Sequence[str]) -> Path | None:
+        return next((f / place for f in self._folders for place in places if (f / place).is_file()), None)
+
+    def _what_to_put_where(self) -> str:
+        absent = [places for places in (WEIGHTS_PLACES, TOKENIZER_PLACES) if self._first(places) is None]
+        what = " and ".join(" or ".join(place.removesuffix("config.json") for place in places) for places in absent)
+        return (
+            f"the text encoder is not here: expected {what} (of {' or '.join(RELEASES)} on the Hugging Face Hub) in "
+            f"one of {', '.join(map(str, self._folders))}"
+        )
+
+
+def umt5_folders(model: Path | None = None) -> list[Path]:
+    """Where umT5's files are looked for: CFRT_TEXT_ENCODER, the model's own folder, where files are put by hand, and
+    where `cfrt pull` has left them."""
+    named = os.environ.get("CFRT_TEXT_ENCODER")
+    files = hub.cache() / "files"
+    fetched = [found.parent for file in (TEXT_ENCODER, TOKENIZER) if (found := hub.locate(file)) is not None]
+    own = [Path(named).expanduser()] if named else []
+    return [*own, *([model] if model else []), *(files / release for release in RELEASES), *fetched]
+
+
+def _all_files(weights: Path, tokenizer: Path) -> list[Path]:
+    parts = [weights] if weights.is_file() else sorted(weights.glob("*.safetensors"))
+    return [*parts, tokenizer]
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def check(prompt: str, longest: int = LONGEST_PROMPT) -> str:
     """The prompt itself; PromptError when it is empty or no prompt at all."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError(f"expected a prompt in words, got {prompt!r}")
-    if len(prompt) > LONGEST_PROMPT:
-        raise PromptError(f"expected a prompt of at most {LONGEST_PROMPT} characters, got {len(prompt)}; shorten it")
+    if len(prompt) > longest:
+        raise PromptError(f"expected a prompt of at most {longest} characters, got {len(prompt)}; shorten it")
     return prompt
 
 
@@ -142,10 +253,10 @@ def split(prompt: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
 
 
-def encoder(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Text:
-    """The text encoder that belongs to a model. WeightsError when its table is missing."""
-    if config.text.kind != "table":
-        raise EngineError(f"{config.name!r} reads text through {config.text.kind}, which this build does not have")
+def encoder(config: ModelConfig, weights: Mapping[str, np.ndarray], folder: Path | None = None) -> Text:
+    """The text encoder that belongs to a model, whose folder may hold umT5. WeightsError when its table is missing."""
+    if config.text.kind == "umt5":
+        return UMT5Text(config.text, umt5_folders(folder))
     if TABLE not in weights:
         raise WeightsError(f"the weights of {config.name!r} hold no {TABLE}; they are incomplete")
     return TableText(config.text, weights[TABLE])

@@ -19,9 +19,9 @@ import numpy as np
 
 from .encoders import SUFFIXES, Picture, encoder
 from .errors import VideoError
-from .picture import read_picture
+from .picture import read_film, read_picture
 
-__all__ = ["STDOUT", "SUFFIXES", "Picture", "Writer", "check", "read_picture", "write"]
+__all__ = ["STDOUT", "SUFFIXES", "Picture", "Writer", "check", "read_film", "read_picture", "write"]
 
 STDOUT = "-"
 """As a path: raw y4m to standard output."""

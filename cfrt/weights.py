@@ -4,13 +4,14 @@ A model is a folder with `config.json` and `model.safetensors`. Tensors are name
 `autoencoder.*` and `text.table`; floats are stored as fp16 and loaded as fp32. The safetensors file also carries the
 config it was saved with, so that the pair cannot drift apart. A save replaces files whole or not at all.
 
-numpy throughout; torch is imported only to read `.pt` checkpoints.
+numpy throughout. A model's file is mapped into memory: loading copies
+nothing, and an engine that packs its weights never holds them twice.
 """
 
 import json
 import os
-import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -28,7 +29,58 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
 """Differences that an error names before it counts the rest."""
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
+
+BF16 = np.dtype([("bits", np.uint16)])
+"""The upper half of an fp32, for which numpy has no type."""
+DTYPES: dict[str, Any] = {
+    "BF16": BF16,
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BOOL": np.bool_},
+    **{f"{letter}{bits}": np.dtype(f"{letter.lower()}{bits // 8}").type for letter in "IU" for bits in (8, 16, 32, 64)},
+}
+"""What safetensors calls the formats that are read."""
+
+
+class MappedTensors(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file. Each look-up gives fp32 anew: a view of the file where it is stored so, else a
+    copy that the caller owns; whole numbers come as they are stored. Nothing can be written."""
+
+    def __init__(self, views: Mapping[str, np.ndarray]) -> None:
+        self._views = views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        view = self._views[name]
+        if view.dtype == BF16:
+            return (view["bits"].astype(np.uint32) << 16).view(np.float32)
+        return view.astype(np.float32, copy=False) if np.issubdtype(view.dtype, np.floating) else view
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def part(self, prefix: str) -> "MappedTensors":
+        """The tensors below `prefix.`, without it."""
+        return MappedTensors(_below(self._views, prefix))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: view.shape for name, view in self._views.items()}
+
+    def broken(self) -> list[str]:
+        """The tensors with values that are not finite."""
+        return [name for name, view in self._views.items() if not _finite(view)]
+
+
+def _finite(view: np.ndarray) -> bool:
+    """A block at a time: a large file is not to be held in memory for this."""
+    flat, block = view.reshape(-1), 1 << 22
+    parts = (flat[i : i + block] for i in range(0, len(flat), block))
+    exponent = 0x7F80
+    if view.dtype == BF16:
+        return all(((part["bits"] & exponent) != exponent).all() for part in parts)
+    return all(np.isfinite(part).all() for part in parts)
 
 
 # ---------------------------------------------------------------------- own folders
@@ -49,7 +101,7 @@ def save_model(folder: str | Path, config: ModelConfig, tensors: Mapping[str, np
 
 
 def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
-    """The config and all tensors of `save_model`, floats as fp32.
+    """The config and all tensors of `save_model`, floats as fp32, read from the mapped file when they are asked for.
 
     ConfigError for a bad config.json; WeightsError when the weights are missing, truncated, corrupt, not finite, or
     saved with another config. Whether every tensor is there is the reader's to say, through `match`.
@@ -58,25 +110,35 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
     if not folder.is_dir():
         raise WeightsError(f"expected a model folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     config = ModelConfig.load(folder / CONFIG_FILE)
-    tensors, metadata = _read_safetensors(folder / WEIGHTS_FILE)
+    tensors, metadata = _map_safetensors(folder / WEIGHTS_FILE)
     if "config" in metadata:
         _check_same(config, metadata["config"], folder)
     return config, tensors
 
 
-def part(tensors: Mapping[str, np.ndarray], prefix: str) -> Arrays:
+def part(tensors: Arrays, prefix: str) -> Arrays:
     """The tensors below `prefix.`, without it: part(tensors, "dit") has Wan's names."""
+    return tensors.part(prefix) if isinstance(tensors, MappedTensors) else _below(tensors, prefix)
+
+
+def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(prefix + ".")}
 
 
 def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
     """WeightsError that lists what is missing, extra or misshapen, unless `got` is exactly what is `expected`."""
-    shapes = {name: tuple(x.shape) for name, x in got.items()}
+    match_shapes(
+        expected, got.shapes if isinstance(got, MappedTensors) else {name: tuple(x.shape) for name, x in got.items()}
+    )
+
+
+def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`match`, for shapes alone."""
     common = sorted(expected.keys() & shapes.keys())
     differences = [
-        *_listed("missing", sorted(expected.keys() - shapes.keys())),
-        *_listed("unknown", sorted(shapes.keys() - expected.keys())),
-        *_listed(
+        *listed("missing", sorted(expected.keys() - shapes.keys())),
+        *listed("unknown", sorted(shapes.keys() - expected.keys())),
+        *listed(
             "of another shape",
             [f"{n} (expected {expected[n]}, got {shapes[n]})" for n in common if tuple(expected[n]) != shapes[n]],
         ),
@@ -85,7 +147,7 @@ def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]
         raise WeightsError(f"the weights do not fit the model: {'; '.join(differences)}. Are they of another config?")
 
 
-def _listed(what: str, names: list[str]) -> list[str]:
+def listed(what: str, names: list[str]) -> list[str]:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return [f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"] if names else []
 
@@ -112,24 +174,33 @@ def _replacing(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, str]]:
+def _map_safetensors(path: Path) -> tuple[MappedTensors, dict[str, str]]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        with safe_open(path, framework="numpy") as file:  # checks the header against the size of the file
             metadata = file.metadata() or {}
+        tensors = MappedTensors(_views(path))
     except FileNotFoundError as error:
         raise WeightsError(f"expected weights at {path}, found no such file") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or damaged ({error}); fetch or export it again") from error
-    loaded = {name: _loaded(x) for name, x in tensors.items()}
-    broken = [name for name, x in loaded.items() if x.dtype == np.float32 and not np.isfinite(x).all()]
-    if broken:
-        raise WeightsError(f"{path} is damaged: {_listed('tensors with values that are not finite', broken)[0]}")
-    return loaded, metadata
+    if broken := tensors.broken():
+        raise WeightsError(f"{path} is damaged: {listed('tensors with values that are not finite', broken)[0]}")
+    return tensors, metadata
 
 
-def _loaded(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
+def _views(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor as a view of the file: 8 bytes with the length of the header, the header in JSON, then the data."""
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    (length,) = struct.unpack("<Q", content[:8].tobytes())
+    views = {}
+    for name, entry in json.loads(content[8 : 8 + length].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is stored as {entry['dtype']}, which this reader does not know")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        views[name] = content[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return views
 
 
 def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:
@@ -146,9 +217,6 @@ def _check_same(config: ModelConfig, metadata: str, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- other people's names
-
-BRANCHES = ("generator_ema", "generator", "model")
-"""Top-level keys of the official checkpoints, in order of preference; their README says which one a file is read by."""
 
 WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
@@ -188,49 +256,63 @@ def from_wrapper(name: str) -> str:
     return WRAPPERS.sub("", name).removeprefix("model.")
 
 
+_CONVOLUTIONS = {
+    r"conv_in\.": "conv1.",
+    r"norm_out\.": "head.0.",
+    r"conv_out\.": "head.2.",
+    r"mid_block\.resnets\.0\.": "middle.0.",
+    r"mid_block\.attentions\.0\.": "middle.1.",
+    r"mid_block\.resnets\.1\.": "middle.2.",
+    r"down_blocks\.(\d+)\.": r"downsamples.\1.",
+    r"\.norm1\.": ".residual.0.",
+    r"\.conv1\.": ".residual.2.",
+    r"\.norm2\.": ".residual.3.",
+    r"\.conv2\.": ".residual.6.",
+    r"\.conv_shortcut\.": ".shortcut.",
+}
+
+
+def vae_from_diffusers(name: str) -> str:
+    """The name in Wan2.1_VAE.pth of a tensor of diffusers' AutoencoderKLWan, which counts decoder layers by level."""
+    part, _, rest = name.partition(".")
+    if part in ("quant_conv", "post_quant_conv"):
+        return f"{'conv1' if part == 'quant_conv' else 'conv2'}.{rest}"
+    if level := re.match(r"up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", rest):
+        place = 4 * int(level[1]) + int(level[2] or 3)
+        rest = f"upsamples.{place}.{rest[level.end() :]}"
+    rest = f".{rest}"
+    for theirs, ours in reversed(_CONVOLUTIONS.items()):
+        rest = re.sub(theirs, ours, rest)
+    if part not in ("encoder", "decoder") or "_block" in rest:
+        raise WeightsError(f"expected a tensor of Wan's autoencoder, got one called {name!r}")
+    return part + rest
+
+
+_T5 = {
+    "norm1": "layer.0.layer_norm",
+    **{f"attn.{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def umt5_from_official(name: str) -> str:
+    """The name in transformers' UMT5EncoderModel of a tensor of models_t5_umt5-xxl-enc-bf16.pth."""
+    outer = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+    if name in outer:
+        return outer[name]
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+    if block is None or block[2] not in _T5:
+        raise WeightsError(f"expected a tensor of umT5's encoder, got one called {name!r}")
+    return f"encoder.block.{block[1]}.{_T5[block[2]]}.weight"
+
+
 def _renamed(name: str, outer: Mapping[str, str], block: Mapping[str, str]) -> str:
     place, stem, kind = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups()  # type: ignore[union-attr]
     table = block if place else outer
     if stem not in table:
         raise WeightsError(f"expected a tensor of a Wan video transformer, got one called {name!r}")
     return f"{place or ''}{table[stem]}{kind or ''}"
-
-
-def read_checkpoint(path: str | Path, branch: str | None = None) -> Arrays:
-    """A foreign DiT checkpoint, `.pt` or `.safetensors`, official or diffusers, as fp32 under Wan's names.
-
-    branch: which of an official file's dicts to read (default: the first of BRANCHES that it has). Needs torch.
-    WeightsError when the file is missing, damaged, or holds no such thing. Only tensors are unpickled, never code.
-    """
-    state = {from_wrapper(name): tensor for name, tensor in _branch(_read_torch(Path(path)), branch, path).items()}
-    if any(name.startswith("condition_embedder.") for name in state):
-        state = {from_diffusers(name): tensor for name, tensor in state.items()}
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
-
-
-def _branch(content: Any, branch: str | None, path: str | Path) -> Mapping[str, Any]:
-    present = [name for name in BRANCHES if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
-    wanted = branch or (present[0] if present else None)
-    if wanted is not None and wanted not in present:
-        raise WeightsError(f"expected {wanted!r} in {path}, which has {', '.join(present) or 'no such branch'}")
-    state = content if wanted is None else content[wanted]
-    if not isinstance(state, Mapping) or not state or not all(hasattr(tensor, "numpy") for tensor in state.values()):
-        raise WeightsError(f"expected named tensors in {path}, or one of the dicts {', '.join(BRANCHES)}")
-    return state
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise WeightsError("reading foreign checkpoints needs PyTorch: pip install 'cfrt[torch]'") from error
-    if not path.is_file():
-        raise WeightsError(f"expected a checkpoint at {path}, found no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is truncated, damaged or no checkpoint ({first_line}); fetch it again") from error

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ class State:
     queue: tuple[Frame, ...]
     timeline: Timeline
     past: tuple[tuple[int, Latents], ...]
+    given: tuple[Latents, ...]
 
 
 class Worker:
@@ -57,11 +59,13 @@ class Worker:
         *,
         fps: float | None,
         live: bool,
-        image: np.ndarray | None,
+        prefix: np.ndarray | None,
         born: float,
     ) -> None:
         self.meters = Meters()
-        self._engine, self._config, self._timeline, self._image = engine, config, timeline, image
+        self._engine, self._config, self._timeline = engine, config, timeline
+        self._prefix = prefix  # pictures to go on from
+        self._given: tuple[Latents, ...] = ()  # the units that they make, once encoded
         self._clock, self._live, self._born = Clock(fps, live=live), live, born
         self._fuse = fps is None and engine.fuses  # by configuration, never by timing: the same bytes every time
         self._reading: np.ndarray | None = None
@@ -247,21 +251,33 @@ class Worker:
         self.meters.unit.add(perf_counter() - begin)
 
     def _denoise(self, unit: int) -> Latents | None:
-        """Clean latents of a unit; None when they are no longer wanted. The picture a stream starts from is its unit 0,
-        and then unit 1 has the step list of a first unit (as in image-to-video of arXiv:2602.02214's code)."""
-        if unit == 0 and self._image is not None:
-            return self._engine.encode(self._image)
+        """Clean latents of a unit; None when they are no longer wanted. The pictures that a stream goes on from are its
+        first units, and the one after them has the step list of a first unit (as in image-to-video of
+        arXiv:2602.02214's code)."""
+        given = self._continued()
+        if unit < len(given):
+            self._settle()  # no pass of this unit will take the commit along
+            return given[unit]
         engine, config = self._engine, self._config
-        us = config.unit_steps(unit if self._image is None else unit - 1)
+        levels = flow.sigmas(config.unit_steps(unit - len(given)), config.shift)
         x = engine.noise(unit, 0)
-        for step, s in enumerate(flow.sigmas(us, config.shift)):
+        for step, (s, s_next) in enumerate(pairwise((*levels, 0.0))):
             if self._stale(unit):
                 return None
-            if step > 0:
+            if step > 0 and config.solver == "renoise":
                 x = flow.renoise(x, engine.noise(unit, step), s)
             owed, self._owed = self._owed, None
-            x = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=None if owed is None else owed[1])
+            x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=None if owed is None else owed[1])
+            x = x0 if config.solver == "renoise" else flow.euler(x, flow.v_from_x0(x, x0, s), s, s_next)
         return x
+
+    def _continued(self) -> tuple[Latents, ...]:
+        """The units that the stream goes on from."""
+        if self._prefix is not None:
+            frames, self._prefix = self._prefix, None
+            one = len(frames) == 1
+            self._given = (self._engine.encode(frames[0]),) if one else tuple(self._engine.encode_film(frames))
+        return self._given
 
     def _stale(self, unit: int) -> bool:
         """Was this unit called off while it was being made?"""
@@ -332,15 +348,13 @@ class Worker:
 
     def _save(self) -> State:
         self._settle()
-        engine = self._engine.snapshot()
+        engine, given, past = self._engine.snapshot(), self._continued(), tuple(self._past)
         with self._lock:
-            return State(
-                engine, self._next, self._playhead, tuple(self._queue), self._timeline.copy(), tuple(self._past)
-            )
+            return State(engine, self._next, self._playhead, tuple(self._queue), self._timeline.copy(), past, given)
 
     def _load(self, state: State) -> None:
         self._engine.restore(state.engine)
-        self._owed, self._reading = None, None
+        self._owed, self._reading, self._prefix, self._given = None, None, None, state.given
         self._past.clear()
         self._past.extend(state.past)
         with self._lock:

@@ -2,7 +2,7 @@
 # one module, which picks at run time (csrc/cpu/isa.h). CFRT_TARGET is what gets them, CFRT_CXX_OPTIONS what compiles
 # everything.
 set(CFRT_KERNEL_FOLDER ${CMAKE_CURRENT_LIST_DIR}/../csrc/cpu/kernels/)
-set(CFRT_KERNELS attention ceiling gemm_bf16 gemm_fp32 gemm_int8 gemm_rows pointwise)
+set(CFRT_KERNELS attention ceiling conv gemm_bf16 gemm_fp32 gemm_int8 gemm_rows pointwise)
 
 # cfrt_level(name number flags...): csrc/cpu/simd.h says what the two macros mean.
 function(cfrt_level name number)

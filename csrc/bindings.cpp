@@ -138,4 +138,5 @@ PYBIND11_MODULE(_cfrt, m) {
     bind_plan(m);
     bind_noise(m);
     cfrt::bind_kernels(m);
+    cfrt::bind_engine(m);
 }

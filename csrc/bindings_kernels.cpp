@@ -217,6 +217,7 @@ void bind_kernels(py::module_& parent) {
           "gate"_a = py::none(), "gate_rows"_a = 1, "threads"_a = py::none(),
           "out [M, N] = epilogue(rows W^T + bias), float32, or uint16 for bf16; see csrc/cpu/kernels/gemm.h.");
     bind_attention(m);
+    bind_autoencoder(m);
 }
 
 }  // namespace cfrt

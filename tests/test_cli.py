@@ -16,7 +16,7 @@ from student_fixture import BLUE, RED, save_student, small_config
 
 import cfrt
 from cfrt.cli import main, scripted
-from cfrt.engines.torch import TorchEngine
+from cfrt.engines.native import NativeEngine
 from cfrt.video import read_picture
 
 pytestmark = pytest.mark.cpu
@@ -64,7 +64,7 @@ def test_generate_writes_what_it_says(student: Path, capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert err == ""
     assert out.count("\n") == 1
-    for part in ("x.mp4, x.png: 16 frames by small (torch, seed 0)", " fps ", "first frame after", "unit p50", "p95"):
+    for part in ("x.mp4, x.png: 16 frames by small (native, ", " fps ", "first frame after", "unit p50", "p95"):
         assert part in out
 
 
@@ -80,7 +80,7 @@ def test_generate_measures_as_json(student: Path, capsys: pytest.CaptureFixture[
     assert said["frames"] == 16
     assert said["seed"] == 5
     assert said["outputs"] == ["x.gif"]
-    assert said["engine"] == "torch"
+    assert (said["engine"], said["precision"] in ("fp32", "bf16", "int8")) == ("native", True)
     assert said["time_to_first_frame"] > 0
     assert said["unit"]["p50"] <= said["unit"]["p95"] <= said["unit"]["p99"]
     assert said["change_to_pixel"]["p50"] > 0
@@ -259,7 +259,7 @@ def test_a_bug_is_one_line_and_a_traceback_for_those_who_ask(
     def broken(*_: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(TorchEngine, "decode", broken)
+    monkeypatch.setattr(NativeEngine, "decode", broken)
     assert generate("-o", "x.mp4", student=student) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -333,11 +333,12 @@ def test_doctor(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert main(["doctor", "--model", str(student), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["cfrt"] == cfrt.__version__
-    assert report["engines"] == {"model": str(student), "refusals": {"torch": None}, "chosen": "torch"}
+    assert report["engines"] == {"model": str(student), "refusals": {"native": None, "torch": None}, "chosen": "native"}
     assert report["packages"]["numpy"] == np.__version__
     monkeypatch.setattr("cfrt.engines.find_spec", lambda name: None)
     assert main(["doctor", "--model", str(student)]) == 0
     out = capsys.readouterr().out
+    assert "native: would not run: _cfrt is not installed: pip install cfrt" in out
     assert "torch: would not run: torch is not installed: pip install 'cfrt[torch]'" in out
     assert "none can run" in out
     assert main(["doctor", "--model", "nothing"]) == 0

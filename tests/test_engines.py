@@ -1,6 +1,7 @@
-"""The engine protocol: choosing, and what every engine must keep. `torch` is the one that defines what is right."""
+"""The engine protocol: choosing, and what every engine must keep. `torch` is the one that defines what is right;
+tests/test_native_engine.py compares `native` with it."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from student_fixture import random_weights, small_config
 
 from cfrt import engines, flow
-from cfrt.config import AutoencoderConfig, ModelConfig
+from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Spec, choose, names, refusal
+from cfrt.engines.native import NativeEngine
 from cfrt.engines.torch import TorchEngine
 from cfrt.errors import EngineError, WeightsError
 
@@ -17,14 +19,24 @@ pytestmark = pytest.mark.cpu
 
 
 def spec_of(config: ModelConfig, **changes: Any) -> Spec:
-    return Spec(config=config, weights=random_weights(config), **{"precision": "fp64", "seed": 5, **changes})
+    return Spec(config=config, weights=random_weights(config), **{"seed": 5, **changes})
 
 
-def prepared(config: ModelConfig, **changes: Any) -> TorchEngine:
-    engine = TorchEngine()
-    engine.prepare(spec_of(config, **changes))
-    engine.set_text(rows(1))
-    return engine
+Prepared = Callable[..., Any]
+
+
+@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"])
+def prepared(request: pytest.FixtureRequest) -> Prepared:
+    """Makes an engine that has read its text."""
+    kind, precision = request.param
+
+    def make(config: ModelConfig, **changes: Any) -> Any:
+        engine = kind()
+        engine.prepare(spec_of(config, **{"precision": precision, **changes}))
+        engine.set_text(rows(1))
+        return engine
+
+    return make
 
 
 def rows(seed: int) -> np.ndarray:
@@ -54,7 +66,7 @@ geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 
 
 @geometries
-def test_snapshot_and_restore_are_exact(geometry: dict[str, int]) -> None:
+def test_snapshot_and_restore_are_exact(geometry: dict[str, int], prepared: Prepared) -> None:
     """Theorem 5: restore, then continue, equals uninterrupted, bit for bit; also into a fresh engine."""
     config = small_config(**geometry)
     engine = prepared(config, precision="fp32")
@@ -69,7 +81,7 @@ def test_snapshot_and_restore_are_exact(geometry: dict[str, int]) -> None:
 
 
 @geometries
-def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int]) -> None:
+def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int], prepared: Prepared) -> None:
     """Theorem 3 for `rewind`: denoised, decoded and committed under another text, then done again."""
     config = small_config(**geometry)
     plain, engine = prepared(config), prepared(config)
@@ -82,7 +94,7 @@ def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int]) -> None:
     np.testing.assert_array_equal(np.concatenate(advance(engine, config, range(6, 8))), np.concatenate(expected[6:]))
 
 
-def test_rewind_goes_one_unit_back_and_no_further() -> None:
+def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:
     config = small_config()
     engine = prepared(config)
     advance(engine, config, range(3))
@@ -94,8 +106,8 @@ def test_rewind_goes_one_unit_back_and_no_further() -> None:
 
 
 @geometries
-def test_fused_commit_equals_separate_commit(geometry: dict[str, int]) -> None:
-    """Theorem 4 for `torch`, where fusing is commit, then denoise."""
+def test_fused_commit_equals_separate_commit(geometry: dict[str, int], prepared: Prepared) -> None:
+    """Theorem 4. For `torch` fusing is commit, then denoise."""
     config = small_config(**geometry)
     engine, fused = prepared(config), prepared(config)
     expected = advance(engine, config, range(6))
@@ -107,7 +119,9 @@ def test_fused_commit_equals_separate_commit(geometry: dict[str, int]) -> None:
 
 
 @geometries
-def test_committing_the_window_again_forgets_whether_a_unit_was_made_ahead(geometry: dict[str, int]) -> None:
+def test_committing_the_window_again_forgets_whether_a_unit_was_made_ahead(
+    geometry: dict[str, int], prepared: Prepared
+) -> None:
     """A recache gives the same ring, whether or not the next unit was begun before it was called off."""
     config = small_config(**geometry)
     results = []
@@ -127,7 +141,7 @@ def test_committing_the_window_again_forgets_whether_a_unit_was_made_ahead(geome
     np.testing.assert_array_equal(*results)
 
 
-def test_text_changes_what_is_made() -> None:
+def test_text_changes_what_is_made(prepared: Prepared) -> None:
     config = small_config()
     engine = prepared(config)
     first = denoised(engine, config, 0)
@@ -135,7 +149,7 @@ def test_text_changes_what_is_made() -> None:
     assert (first != denoised(engine, config, 0)).any()
 
 
-def test_noise_is_a_function_of_seed_unit_and_step() -> None:
+def test_noise_is_a_function_of_seed_unit_and_step(prepared: Prepared) -> None:
     config = small_config()
     engine, other = prepared(config), prepared(config, seed=6)
     base = engine.noise(2, 1)
@@ -145,7 +159,7 @@ def test_noise_is_a_function_of_seed_unit_and_step() -> None:
         assert (different != base).any()
 
 
-def test_encode_then_decode_is_the_autoencoders_own_picture() -> None:
+def test_encode_then_decode_is_the_autoencoders_own_picture(prepared: Prepared) -> None:
     config = small_config()
     engine = prepared(config)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -154,48 +168,59 @@ def test_encode_then_decode_is_the_autoencoders_own_picture() -> None:
     assert engine.decode(latents).shape == (1, 32, 32, 3)
 
 
-def test_a_pass_without_text_says_so() -> None:
+@pytest.mark.parametrize("kind", [TorchEngine, NativeEngine])
+def test_a_pass_without_text_says_so(kind: type[Engine]) -> None:
     config = small_config()
-    engine = TorchEngine()
+    engine = kind()
     engine.prepare(spec_of(config))
     with pytest.raises(EngineError, match="set_text"):
         denoised(engine, config, 0)
 
 
-def test_weights_of_another_model_are_refused() -> None:
+@pytest.mark.parametrize("kind", [TorchEngine, NativeEngine])
+def test_weights_of_another_model_are_refused(kind: type[Engine]) -> None:
     weights = random_weights(small_config())
-    with pytest.raises(WeightsError, match="do not fit"):
-        TorchEngine().prepare(Spec(config=small_config(width=48), weights=weights))
+    with pytest.raises(WeightsError, match="of another shape"):
+        kind().prepare(Spec(config=small_config(width=48), weights=weights))
+    with pytest.raises(WeightsError, match=r"1 unknown: extra"):
+        kind().prepare(Spec(config=small_config(), weights=weights | {"dit.extra": np.zeros(1, np.float32)}))
     del weights["autoencoder.latent_mean"]
     with pytest.raises(WeightsError, match="latent_mean"):
-        TorchEngine().prepare(Spec(config=small_config(), weights=weights))
+        kind().prepare(Spec(config=small_config(), weights=weights))
 
 
-def test_a_snapshot_of_something_else_is_refused() -> None:
-    with pytest.raises(EngineError, match="expected a snapshot of the torch engine, got dict"):
-        prepared(small_config()).restore({})
+def test_a_snapshot_of_something_else_is_refused(prepared: Prepared) -> None:
+    engine = prepared(small_config())
+    with pytest.raises(EngineError, match=f"expected a snapshot of the {engine.name} engine, got dict"):
+        engine.restore({})
 
 
 # ---------------------------------------------------------------------- choosing
 
 
-def wan_decoder() -> ModelConfig:
-    return small_config(autoencoder=AutoencoderConfig(kind="wan", latent_channels=4, spatial=16))
-
-
 def test_auto_takes_the_first_that_can() -> None:
-    engine, refusals = choose("auto", spec_of(small_config()))
+    assert choose("auto", spec_of(small_config())) == (NativeEngine, {})
+    engine, refusals = choose("auto", spec_of(small_config(), precision="fp64"))
     assert engine is TorchEngine
-    assert refusals == {}
+    assert refusals == {"native": "it computes in fp32, bf16, int8, not in 'fp64'"}
+    assert choose("auto", spec_of(small_config(), precision="int8"))[0] is NativeEngine
+    assert "not in 'int8'" in (refusal("torch", spec_of(small_config(), precision="int8")) or "")
 
 
 def test_a_refusal_gives_its_reason() -> None:
-    spec = Spec(config=wan_decoder(), weights={})
-    assert "kind 'wan'" in (refusal("torch", spec) or "")
-    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(torch: .*'wan'"):
+    spec = Spec(config=small_config(), weights={}, decoder="taehv")
+    assert "kind 'tiny'" in (refusal("torch", spec) or "")
+    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; torch: .*'tiny'"):
         choose("auto", spec)
-    with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'wan'.*no other engine"):
+    with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'tiny'.*no other engine"):
         choose("torch", spec)
+
+
+def test_what_an_engine_does_not_claim_is_not_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance, tiles and the like must never be left out silently."""
+    monkeypatch.setattr(TorchEngine, "features", frozenset({"tiles"}))
+    spec = Spec(config=small_config(guidance=3.0), weights={}, tile=4, prefix=5)
+    assert refusal("torch", spec) == "it cannot do a film to go on from or guidance"
 
 
 def test_a_missing_framework_is_a_refusal_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +243,9 @@ def test_no_cuda_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not on 'tpu'" in (refusal("torch", spec_of(small_config(), device="tpu")) or "")
 
 
-@pytest.mark.parametrize("wrong", [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"threads": 0}], ids=str)
-def test_a_spec_that_makes_no_sense(wrong: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"threads": 0}, {"decoder": "vq"}], ids=str
+)
+def test_a_spec_that_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="expected"):
         spec_of(small_config(), **wrong)

@@ -18,7 +18,7 @@ from student_fixture import BLUE, RED, random_weights, save_student, small_confi
 import cfrt
 from cfrt import flow, noise
 from cfrt.clock import Clock
-from cfrt.engines.torch import TorchEngine
+from cfrt.engines.native import NativeEngine
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
 from cfrt.text import TableText, encoder
@@ -243,7 +243,7 @@ def test_recache_is_the_stated_recommit(student: Path, open_stream: Callable[...
     """The same by hand: the units that the next one sees are committed again, oldest first, under the new text."""
     config, weights = small_config(), random_weights(small_config())
     weights = {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
-    engine = TorchEngine()
+    engine = NativeEngine()
     engine.prepare(cfrt.engines.Spec(config=config, weights=weights, seed=7))
     text = TableText(config.text, weights["text.table"])
     engine.set_text(text.encode(RED).rows)
@@ -290,7 +290,7 @@ def test_unknown_words_are_warned_about_where_they_were_written(open_stream: Cal
 
 def test_a_stream_can_start_from_a_picture(open_stream: Callable[..., cfrt.Stream]) -> None:
     """The picture is unit 0: frame 0 is its reconstruction, it is committed, unit 1 takes the first unit's steps."""
-    config, engine = small_config(), TorchEngine()
+    config, engine = small_config(), NativeEngine()
     weights = {name: array.astype(np.float16).astype(np.float32) for name, array in random_weights(config).items()}
     engine.prepare(cfrt.engines.Spec(config=config, weights=weights, seed=7))
     image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -339,7 +339,7 @@ def test_restore_continues_as_if_nothing_had_happened(
     for got in (again, list(other.frames(25))):
         assert [(f.index, f.unit, f.prompt) for f in got] == [(f.index, f.unit, f.prompt) for f in expected]
         np.testing.assert_array_equal(pixels(iter(got)), pixels(iter(expected)))
-    assert repr(snapshot) == "Snapshot(model='small', engine='torch', unit=6)"
+    assert repr(snapshot) == "Snapshot(model='small', engine='native', unit=6)"
 
 
 def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt.Stream]) -> None:
@@ -407,13 +407,13 @@ def test_at_most_one_unit_ahead(open_stream: Callable[..., cfrt.Stream]) -> None
 
 def test_frames_leave_before_the_commit(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    commit = TorchEngine.commit
+    commit = NativeEngine.commit
 
-    def slow(self: TorchEngine, latents: Any, unit: int) -> None:
+    def slow(self: NativeEngine, latents: Any, unit: int) -> None:
         assert gate.wait(10)
         commit(self, latents, unit)
 
-    monkeypatch.setattr(TorchEngine, "commit", slow)
+    monkeypatch.setattr(NativeEngine, "commit", slow)
     with cfrt.Stream(RED, model=student, fps=1000.0) as stream:
         assert next(stream.frames()).index == 0
         gate.set()
@@ -462,14 +462,14 @@ def test_closing_wakes_a_waiting_consumer(student: Path) -> None:
 def test_what_goes_wrong_in_the_thread_reaches_the_consumer(
     pace: str | float, open_stream: Callable[..., cfrt.Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = TorchEngine.decode
+    decode = NativeEngine.decode
 
-    def broken(self: TorchEngine, latents: Any) -> np.ndarray:
+    def broken(self: NativeEngine, latents: Any) -> np.ndarray:
         if self._decoded == 3:
             raise MemoryError("no room for unit 3")
         return decode(self, latents)
 
-    monkeypatch.setattr(TorchEngine, "decode", broken)
+    monkeypatch.setattr(NativeEngine, "decode", broken)
     stream = open_stream(fps=pace)
     frames = stream.frames()
     assert [next(frames).index for _ in range(9)] == list(range(9))  # what was right is delivered

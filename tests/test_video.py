@@ -16,7 +16,7 @@ import pytest
 from cfrt.errors import VideoError
 from cfrt.font import HEIGHT, WIDTH, render
 from cfrt.frame import Frame
-from cfrt.picture import enlarge, png, read_picture
+from cfrt.picture import enlarge, png, read_film, read_picture
 from cfrt.sheet import CELLS, Sheet
 from cfrt.video import Writer, write
 
@@ -248,3 +248,35 @@ def test_films_are_written_in_flat_memory(tmp_path: Path) -> None:
             if i == 300:
                 early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early < 20_000  # kB; all frames would take 18 MB twice
+
+
+# ---------------------------------------------------------------------- reading films
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"), [(16.0, range(12)), (32.0, range(0, 12, 2)), (8.0, [i // 2 for i in range(23)])]
+)
+def test_a_film_is_read_at_the_rate_that_is_asked_for(rate: float, shown: Any, tmp_path: Path) -> None:
+    """At k / 16 seconds the last frame whose time has come."""
+    frames = film(12)
+    write(frames, tmp_path / "film.y4m", fps=rate)
+    expected, _ = read(tmp_path / "film.y4m")
+    got = read_film(tmp_path / "film.y4m", (64, 64), 16.0, 100)
+    kept = list(shown) if rate != 32.0 else [*shown, 11]  # the last frame, whose time is past the last k / 16, too
+    np.testing.assert_array_equal(got, expected[kept])
+    np.testing.assert_array_equal(read_film(tmp_path / "film.y4m", (64, 64), 16.0, 5), got[-5:])
+
+
+def test_a_film_is_cut_as_a_picture_is(tmp_path: Path) -> None:
+    write(film(3, 48, 96), tmp_path / "film.y4m", fps=16.0)
+    first = read_picture(tmp_path / "film.y4m", (32, 32))
+    got = read_film(tmp_path / "film.y4m", (32, 32), 16.0, 100)
+    assert got.shape == (3, 32, 32, 3)
+    np.testing.assert_array_equal(got[0], first)
+
+
+def test_what_is_no_film(tmp_path: Path) -> None:
+    (tmp_path / "no.mp4").write_bytes(b"nothing")
+    for path in (tmp_path / "no.mp4", tmp_path / "nowhere.mp4"):
+        with pytest.raises(VideoError, match="cannot read a film"):
+            read_film(path, (32, 32), 16.0, 9)

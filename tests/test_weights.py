@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from cfrt import weights
+from cfrt import checkpoint, weights
 from cfrt.config import PRESETS
 from cfrt.errors import ConfigError, WeightsError
 from cfrt.nn.dit import CausalDiT
@@ -210,23 +210,23 @@ def test_official_wrappers(tmp_path, state, prefix):
         prefix + name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): x for name, x in state.items()
     }
     torch.save({"generator": wrapped}, tmp_path / "causal_forcing.pt")
-    assert same(weights.read_checkpoint(tmp_path / "causal_forcing.pt"), state)
+    assert same(checkpoint.read_checkpoint(tmp_path / "causal_forcing.pt"), state)
 
 
 def test_the_average_is_preferred_and_can_be_declined(tmp_path, state):
     live = {name: x + 1 for name, x in state.items()}
     torch.save({"generator": live, "generator_ema": state, "step": 3}, tmp_path / "two.pt")
-    assert same(weights.read_checkpoint(tmp_path / "two.pt"), state)
-    assert same(weights.read_checkpoint(tmp_path / "two.pt", "generator"), live)
+    assert same(checkpoint.read_checkpoint(tmp_path / "two.pt"), state)
+    assert same(checkpoint.read_checkpoint(tmp_path / "two.pt", "generator"), live)
     with pytest.raises(WeightsError, match=r"expected 'model'.*generator_ema, generator"):
-        weights.read_checkpoint(tmp_path / "two.pt", "model")
+        checkpoint.read_checkpoint(tmp_path / "two.pt", "model")
 
 
 def test_diffusers_in_bf16(tmp_path, state):
     theirs = {weights.to_diffusers(name): x.bfloat16() for name, x in state.items()}
     save_torch_file(theirs, tmp_path / "diffusion_pytorch_model.safetensors")
     rounded = {name: x.bfloat16().float() for name, x in state.items()}
-    assert same(weights.read_checkpoint(tmp_path / "diffusion_pytorch_model.safetensors"), rounded)
+    assert same(checkpoint.read_checkpoint(tmp_path / "diffusion_pytorch_model.safetensors"), rounded)
 
 
 def test_wan_names_at_full_size():
@@ -262,7 +262,7 @@ def test_bad_checkpoints(tmp_path, name, content, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError, match=said):
-        weights.read_checkpoint(tmp_path / name)
+        checkpoint.read_checkpoint(tmp_path / name)
 
 
 def test_truncated_checkpoint(tmp_path, state):
@@ -270,10 +270,10 @@ def test_truncated_checkpoint(tmp_path, state):
     content = (tmp_path / "half.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(WeightsError, match="damaged"):
-        weights.read_checkpoint(tmp_path / "half.pt")
+        checkpoint.read_checkpoint(tmp_path / "half.pt")
 
 
 def test_a_checkpoint_without_tensors(tmp_path):
     torch.save({"step": 3}, tmp_path / "step.pt")
     with pytest.raises(WeightsError, match="named tensors"):
-        weights.read_checkpoint(tmp_path / "step.pt")
+        checkpoint.read_checkpoint(tmp_path / "step.pt")

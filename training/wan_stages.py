@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cfrt import weights
+from cfrt.checkpoint import read_checkpoint
 from cfrt.config import ModelConfig
 from cfrt.errors import TrainingError
 from training import cd, checkpoint, dmd, loop, ode, parallel, teacher
@@ -75,7 +76,7 @@ def fill(networks: Mapping[str, nn.Module], sources: Sources) -> None:
 
 def read(path: Path, network: nn.Module) -> dict[str, Tensor]:
     """Weights from a checkpoint, official, diffusers' or our own. WeightsError when they are another network's."""
-    arrays = weights.read_checkpoint(path)
+    arrays = read_checkpoint(path)
     arrays = weights.part(arrays, "dit") or arrays
     weights.match({n.removeprefix("dit."): tuple(x.shape) for n, x in network.state_dict().items()}, arrays)
     return {f"dit.{name}": torch.from_numpy(x) for name, x in arrays.items()}

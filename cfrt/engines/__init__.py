@@ -20,7 +20,7 @@ from ..errors import EngineError
 Latents = Any
 """One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16", "fp64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,19 @@ class Spec:
     """`dit.*` by Wan's names, `autoencoder.*`, fp32."""
     device: str = "cpu"
     """"cpu", "cuda" or "cuda:N"."""
-    precision: str = "fp32"
+    precision: str = "auto"
+    """One of PRECISIONS; "auto" leaves it to the engine, which takes the fastest that is good enough."""
     seed: int = 0
     threads: int | None = None
     """CPU threads; None leaves the engine's own default."""
+    null: np.ndarray | None = field(default=None, repr=False)
+    """Text rows of the negative prompt, for a guided model; None for others."""
+    prefix: int = 0
+    """Pixel frames that the stream goes on from."""
+    decoder: str | None = None
+    """"taehv" decodes by the small decoder in `taehv.*`; None by the autoencoder's own."""
+    tile: int | None = None
+    """Latent cells along the side of a tile that is decoded at once; None decodes whole frames."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -44,6 +53,20 @@ class Spec:
             raise EngineError(f"expected a seed from 0 to 2**64 - 1, got {self.seed}")
         if self.threads is not None and self.threads < 1:
             raise EngineError(f"expected at least one thread, got {self.threads}")
+        if self.decoder not in (None, "taehv"):
+            raise EngineError(f'expected decoder "taehv" or None, got {self.decoder!r}')
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What is asked of an engine beyond a student that starts from nothing, or from one picture."""
+        asked = {
+            "guidance": self.config.guided,
+            "a film to go on from": self.prefix > 1,
+            "another decoder": self.decoder is not None,
+            "tiles": self.tile is not None,
+            "reference noise": self.config.reference_compat,
+        }
+        return frozenset(name for name, wanted in asked.items() if wanted)
 
 
 class Engine(Protocol):
@@ -56,6 +79,10 @@ class Engine(Protocol):
     name: ClassVar[str]
     fuses: ClassVar[bool]
     """Can `denoise` take the previous unit's commit into its own pass?"""
+    features: ClassVar[frozenset[str]]
+    """Those of `Spec.features` that it has; an engine that does not say has none."""
+    precision: str
+    """What it computes in, once it is prepared: never "auto"."""
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -86,6 +113,11 @@ class Engine(Protocol):
 
     def encode(self, image: np.ndarray) -> Latents:
         """The latents of a picture, (H, W, 3) uint8 of the model's frame size, as unit 0 of a stream."""
+        ...
+
+    def encode_film(self, frames: np.ndarray) -> list[Latents]:
+        """The latents of the first pictures of a stream, (T, H, W, 3) uint8 that fill whole units: one for each unit.
+        Only asked of engines that have the feature "a film to go on from"."""
         ...
 
     def decode(self, latents: Latents) -> np.ndarray:
@@ -119,12 +151,13 @@ class _Entry:
     name: str
     needs: tuple[str, ...]
     """Importable modules without which the engine's own module cannot be imported."""
-    extra: str
+    package: str
     """What to install where they are missing."""
 
 
 _ENGINES = {
-    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), extra="torch"),
+    "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
+    "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
 }
 """Every engine of this build, the preferred one first."""
 
@@ -139,8 +172,10 @@ def refusal(name: str, spec: Spec) -> str | None:
     entry = _ENGINES[name]
     missing = [module for module in entry.needs if find_spec(module) is None]
     if missing:
-        return f"{', '.join(missing)} is not installed: pip install 'cfrt[{entry.extra}]'"
-    return _load(name).supported(spec)
+        return f"{', '.join(missing)} is not installed: pip install {entry.package}"
+    engine = _load(name)
+    lacking = sorted(spec.features - getattr(engine, "features", frozenset()))
+    return f"it cannot do {' or '.join(lacking)}" if lacking else engine.supported(spec)
 
 
 def choose(name: str, spec: Spec) -> tuple[type[Engine], dict[str, str]]:

@@ -4,8 +4,8 @@ Bytes are the same for the same seed, device, precision and number of threads. `
 process-wide number; without it that is left alone.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise
-from ..config import ModelConfig
 from ..errors import EngineError
-from ..flow import TIME_SCALE, x0_from_v
-from ..nn.autoencoder import Autoencoder
+from ..flow import TIME_SCALE, guide, x0_from_v
+from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
+from ..nn.reference_noise import ReferenceNoise
 from ..nn.ring import RingCache
-from ..weights import match, part
+from ..nn.taehv import TAEHV
+from ..nn.tiles import Tiling
+from ..weights import part
 from . import Spec
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,21 +34,32 @@ class TorchSnapshot:
     """Everything that later passes depend on. Tensors in it are never written to."""
 
     ring: dict[str, Any]
-    decoder: Tensor | None
+    decoder: Any
     decoded: int
+    made_by: tuple[object, ...]
+    """Decoder and size of its tiles."""
 
 
 class TorchEngine:
-    """One stream in eager PyTorch. Latents are tensors [1, F, C, h, w] on the device."""
+    """One stream in eager PyTorch. Latents are tensors [1, F, C, h, w] on the device, in at least fp32.
+
+    A guided model runs every pass as a batch of two, prompt and negative prompt, each with a ring of its own."""
 
     name: ClassVar[str] = "torch"
     fuses: ClassVar[bool] = True
+    features: ClassVar[frozenset[str]] = frozenset(
+        {"guidance", "a film to go on from", "another decoder", "reference noise", "tiles"}
+    )
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
         kind = spec.config.autoencoder.kind
-        if kind != "tiny":
-            return f"it has no video autoencoder of kind {kind!r} yet"
+        if kind == "taehv" and spec.prefix:
+            return "TAEHV does not read pictures: use a model with Wan's autoencoder, and decoder 'taehv'"
+        if spec.decoder == "taehv" and kind != "wan":
+            return f"TAEHV decodes the latents of Wan's autoencoder, not those of kind {kind!r}"
+        if spec.precision not in ("auto", *DTYPES):
+            return f"it computes in {', '.join(DTYPES)}, not in {spec.precision!r}"
         if spec.device.split(":")[0] not in ("cpu", "cuda"):
             return f"it runs on cpu, cuda or cuda:N, not on {spec.device!r}"
         if spec.device != "cpu" and not torch.cuda.is_available():
@@ -57,71 +70,112 @@ class TorchEngine:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self._config, self._seed = spec.config, spec.seed
-        self._device, self._dtype = torch.device(spec.device), DTYPES[spec.precision]
+        self.precision = "fp32" if spec.precision == "auto" else spec.precision
+        self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
-        self._autoencoder = self._placed(_autoencoder(spec.config, part(spec.weights, "autoencoder")))
-        self._ring = RingCache(spec.config, 1, self._dtype, self._device)
+        self._prepare_pixels(spec)
+        self._null = self._negative(spec)
+        self._ring = RingCache(spec.config, 1 if self._null is None else 2, self._dtype, self._device)
+        self._reference = self._reference_noise(spec) if spec.config.reference_compat else None
         self._text: TextKV | None = None
         self._decoded = 0  # units decoded: the next one's number
-        self._decoder: Tensor | None = None
-        self._decoder_before: tuple[int, Tensor | None] = (0, None)
+        self._state: Any = None
+        self._state_before: tuple[int, Any] = (0, None)
+
+    def _prepare_pixels(self, spec: Spec) -> None:
+        """The autoencoder, and what decodes: it, or another decoder, or either of them in tiles."""
+        config = spec.config.autoencoder
+        self._autoencoder = decoder = self._placed(codec(config, part(spec.weights, "autoencoder")))
+        if spec.decoder is not None:
+            decoder = self._placed(tiny_decoder(config, part(spec.weights, spec.decoder)))
+        tiles = None if spec.tile is None else Tiling(side=spec.tile, overlap=spec.tile // 4)
+        self._decode = decoder.decode if tiles is None else partial(tiles.decode, decoder.decode)
+        self._at_once = spec.config.unit if config.kind == "tiny" else 1  # latent frames: Wan's are large
+        self._made_by = (spec.decoder or config.kind, spec.tile)
+
+    def _reference_noise(self, spec: Spec) -> ReferenceNoise:
+        config = spec.config
+        prefix = config.unit * (config.unit_at(spec.prefix - 1) + 1)
+        return ReferenceNoise(config, spec.seed, self._dtype, self._device, prefix)
+
+    def _negative(self, spec: Spec) -> Tensor | None:
+        if spec.config.guided and spec.null is None:
+            raise EngineError(f"expected the rows of a negative prompt for {spec.config.name!r}, which is guided")
+        return self._to_device(spec.null) if spec.config.guided and spec.null is not None else None
 
     @torch.no_grad()
     def set_text(self, unit_context: np.ndarray) -> None:
-        self._text = self._dit.text_kv(self._to_device(unit_context)[None, None])
+        rows = self._to_device(unit_context)
+        self._text = self._dit.text_kv(torch.stack([rows] if self._null is None else [rows, self._null])[:, None])
 
     def noise(self, unit: int, step: int) -> Tensor:
         config = self._config
+        if self._reference is not None:
+            return self._reference(unit, step).to(torch.promote_types(self._dtype, torch.float32))
         shape = (1, config.unit, config.latent_channels, *config.latent_grid)
-        return self._to_device(noise.normal(self._seed, unit, step, noise.Purpose.SAMPLE, shape))
+        made = torch.from_numpy(noise.normal(self._seed, unit, step, noise.Purpose.SAMPLE, shape))
+        return made.to(self._device, torch.promote_types(self._dtype, torch.float32))
 
     @torch.no_grad()
     def denoise(self, latents: Tensor, t: float, unit: int, commit: Tensor | None = None) -> Tensor:
         """A fused commit is made first, in a pass of its own: exact, and no slower than to make it apart."""
         if commit is not None:
             self.commit(commit, unit - 1)
-        time = torch.full((1,), t, dtype=torch.float64, device=self._device)
-        return x0_from_v(latents, self._dit.step(latents, time, self._heard(), self._ring, unit), t / TIME_SCALE)
+        x = self._for_each_text(latents)
+        time = torch.full((len(x),), t, dtype=torch.float64, device=self._device)
+        v = self._dit.step(x, time, self._heard(), self._ring, unit).to(latents.dtype)
+        v = v if self._null is None else guide(v[:1], v[1:], self._config.guidance)
+        return x0_from_v(latents, v, t / TIME_SCALE)
 
     @torch.no_grad()
     def commit(self, latents: Tensor, unit: int) -> None:
         upcoming = self._ring.next_frame // self._config.unit
         if unit < upcoming:  # again: without the frames that the next unit overwrites, whether it already has or not
             self._ring.open(upcoming)
-        self._dit.commit(latents, self._heard(), self._ring, unit)
+        self._dit.commit(self._for_each_text(latents), self._heard(), self._ring, unit)
+
+    def encode(self, image: np.ndarray) -> Tensor:
+        return self.encode_film(image[None])[0]
 
     @torch.no_grad()
-    def encode(self, image: np.ndarray) -> Tensor:
-        video = self._to_device(image.transpose(2, 0, 1))[None, None] / 255
-        return self._autoencoder.encode(video)
+    def encode_film(self, frames: np.ndarray) -> list[Tensor]:
+        if isinstance(self._autoencoder, TAEHV):
+            raise EngineError("TAEHV does not read pictures: use a model with Wan's autoencoder, and decoder 'taehv'")
+        video = self._to_device(frames.transpose(0, 3, 1, 2))[None] / 255
+        latents = self._autoencoder.encode(video)
+        wide = latents.to(torch.promote_types(self._dtype, torch.float32))
+        return list(wide.split(self._config.unit, dim=1))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        self._decoder_before = (self._decoded, self._decoder)
-        video, self._decoder = self._autoencoder.decode(latents, self._decoder)
+        self._state_before = (self._decoded, self._state)
+        parts = []
+        for frames in latents.to(self._dtype).split(self._at_once, dim=1):
+            video, self._state = self._decode(frames, self._state)
+            parts.append(_levels(video[0]).cpu())
         self._decoded += 1
-        wide = video[0].to(torch.promote_types(video.dtype, torch.float32))  # half precision has no room for 255 levels
-        levels = wide.clamp(0, 1).mul(255).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return torch.cat(parts).numpy()
 
     def rewind(self, unit: int) -> None:
         if unit < self._decoded:
-            decoded, state = self._decoder_before
+            decoded, state = self._state_before
             if unit != decoded:
                 raise EngineError(f"expected to go back to unit {decoded} at most, got {unit}; restore a snapshot")
-            self._decoded, self._decoder = decoded, state
+            self._decoded, self._state = decoded, state
         if unit * self._config.unit < self._ring.next_frame:
             self._ring.rewind(unit)
 
     def snapshot(self) -> TorchSnapshot:
-        return TorchSnapshot(ring=self._ring.state(), decoder=self._decoder, decoded=self._decoded)
+        return TorchSnapshot(ring=self._ring.state(), decoder=self._state, decoded=self._decoded, made_by=self._made_by)
 
     def restore(self, snapshot: Any) -> None:
         if not isinstance(snapshot, TorchSnapshot):
             raise EngineError(f"expected a snapshot of the torch engine, got {type(snapshot).__name__}")
+        if snapshot.made_by != self._made_by:
+            raise EngineError(f"expected a snapshot of (decoder, tile) = {self._made_by}, got {snapshot.made_by}")
         self._ring.load_state(snapshot.ring)
-        self._decoded, self._decoder = snapshot.decoded, snapshot.decoder
-        self._decoder_before = (snapshot.decoded, snapshot.decoder)
+        self._decoded, self._state = snapshot.decoded, snapshot.decoder
+        self._state_before = (snapshot.decoded, snapshot.decoder)
 
     def close(self) -> None:
         self.__dict__.clear()
@@ -133,6 +187,10 @@ class TorchEngine:
             raise EngineError("expected set_text before the first pass")
         return self._text
 
+    def _for_each_text(self, latents: Tensor) -> Tensor:
+        """The latents once for the prompt and, if there is one, once for the negative prompt."""
+        return latents.expand(1 if self._null is None else 2, *latents.shape[1:])
+
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
 
@@ -140,9 +198,7 @@ class TorchEngine:
         return module.to(self._device, self._dtype).eval().requires_grad_(False)
 
 
-def _autoencoder(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Autoencoder:
-    """The autoencoder with these weights; WeightsError when they do not fit."""
-    module = Autoencoder(config.autoencoder)
-    match({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, arrays)
-    module.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
-    return module
+def _levels(video: Tensor) -> Tensor:
+    """uint8 [f, H, W, 3] of pixels [f, 3, H, W] in [0, 1]; half precision has no room for 255 levels."""
+    wide = video.to(torch.promote_types(video.dtype, torch.float32))
+    return wide.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

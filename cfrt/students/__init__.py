@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import PRESETS
 from ..errors import WeightsError
+from ..hub import model_folder
 
 CONFIG = "config.json"
 
@@ -17,7 +18,7 @@ def embedded() -> dict[str, Path]:
 
 
 def find(model: str | PathLike[str]) -> Path:
-    """The folder of a model: the name of an embedded student, or a path.
+    """The folder of a model: the name of an embedded student, of a preset that `cfrt pull` has fetched, or a path.
 
     WeightsError when there is neither; it tells a published preset without weights from a name nobody knows."""
     name, students = fspath(model), embedded()
@@ -30,5 +31,8 @@ def find(model: str | PathLike[str]) -> Path:
     if folder.is_dir():
         raise WeightsError(f"{folder} is no model folder: expected {CONFIG} in it; embedded students: {known}")
     if name in PRESETS:
-        raise WeightsError(f"{name!r} is a preset, its weights are not here: give the folder of a model made from them")
+        made = model_folder(name)
+        if (made / CONFIG).is_file():
+            return made
+        raise WeightsError(f"{name!r} is a preset whose weights are not in {made}: fetch them with `cfrt pull {name}`")
     raise WeightsError(f"there is no model {name!r}: expected a folder with {CONFIG} or an embedded student ({known})")

@@ -1,6 +1,6 @@
 """The CPU kernels one by one, for tests and benchmarks. bf16 travels as uint16."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -152,3 +152,25 @@ def turns(
     positions: Sequence[int], grid: tuple[int, int], pairs: tuple[int, int, int], theta: float
 ) -> NDArray[np.float32]: ...
 def time_features(t: float, width: int) -> NDArray[np.float32]: ...
+
+# ---------------------------------------------------------------------- the small autoencoder
+
+class Autoencoder(metaclass=_Bound):
+    def __init__(
+        self,
+        tensors: Mapping[str, NDArray[np.float32]],
+        *,
+        channels: int,
+        grid: tuple[int, int],
+        widths: Sequence[int],
+        precision: _Precision,
+        frames: int = 1,
+        threads: Threads | int = 1,
+        isa: str | None = None,
+    ) -> None: ...
+    def decode(
+        self, latents: NDArray[np.float32], previous: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]: ...
+    def encode(self, picture: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+    @property
+    def bytes(self) -> int: ...

@@ -83,6 +83,7 @@ class KeyValueStore {
   public:
     KeyValueStore(Precision precision, std::int64_t heads, std::int64_t dim, std::int64_t rows);
     const KeyValues& view() const { return view_; }
+    std::size_t bytes() const { return data_.size(); }
 
   private:
     Buffer data_;

@@ -47,6 +47,7 @@ void fill_turns(float* out, const Rotary& rotary, const std::int64_t* positions,
                     fill_axis(to, dim, time + height, width, rotary.theta, static_cast<double>(column));
                 else
                     copy_axis(to, token(0, 0, column), dim, time + height, width);
+                fill_axis(to, dim, time + height + width, rotary.still, 1.0, 0.0);
             }
         }
     }

@@ -9,11 +9,12 @@ namespace cfrt {
 // Tokens of a frame lie in a grid, row by row; a head's first pairs turn with time, then with height, then with width.
 struct Rotary {
     std::int64_t rows, columns;
-    std::int64_t pairs[3];  // time, height, width; dim is twice their sum
+    std::int64_t pairs[3];  // time, height, width
     double theta;
+    std::int64_t still = 0;  // pairs behind them that do not turn
 
     std::int64_t tokens() const { return rows * columns; }
-    std::int64_t dim() const { return 2 * (pairs[0] + pairs[1] + pairs[2]); }
+    std::int64_t dim() const { return 2 * (pairs[0] + pairs[1] + pairs[2] + still); }
 };
 
 // out [frames][tokens][2][dim] for the latent frames at `positions`: the cosine of each pair's angle twice, then its

@@ -1,0 +1,109 @@
+"""Wan2.1's text encoder: umT5-xxl (arXiv:2304.09151), run by transformers, its tokenizer by tokenizers. Files on disk
+only, never the network.
+
+The reference pads every prompt to 512 tokens, masks the padding inside the encoder and puts zeros in its place
+afterwards. A masked token changes nothing for the others, so only the prompt's own tokens are run here.
+
+Legend: n tokens of a prompt, L = 512 rows at most, width 4096."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import ftfy
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
+
+from ..checkpoint import read_torch
+from ..errors import WeightsError
+from ..weights import match, umt5_from_official
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+XXL = {
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
+}  # fmt: skip
+"""What models_t5_umt5-xxl-enc-bf16.pth holds and does not say."""
+
+
+def clean(prompt: str) -> str:
+    """As the reference cleans: broken encodings and curly quotes mended, HTML entities read twice, every run of white
+    space one blank, none at the ends."""
+    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", mended).strip()
+
+
+@dataclass(frozen=True)
+class UMT5:
+    """The encoder, and its tokenizer, which stops at L tokens."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, weights: Path, tokenizer: Path, length: int, *, device: str = "cpu", precision: str = "bf16") -> Self:
+        """For prompts of at most `length` tokens. weights: transformers' folder (config.json, .safetensors) or the
+        official .pth; tokenizer: tokenizer.json.
+
+        WeightsError when they are damaged or not umT5's."""
+        dtype = DTYPES[precision]
+        model = _official(weights) if weights.is_file() else _of_transformers(weights, dtype)
+        try:
+            words = Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # the library raises nothing narrower
+            raise WeightsError(f"{tokenizer} is no tokenizer ({_first_line(error)}); fetch it again") from error
+        words.no_padding()
+        words.enable_truncation(length)
+        return cls(model.to(device, dtype).eval().requires_grad_(False), words)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return int(self.model.config.d_model)  # type: ignore[union-attr, arg-type]
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str) -> tuple[np.ndarray, str]:
+        """float32 rows [n, width], n <= L, and the end of the prompt for which there was no room."""
+        text = clean(prompt)
+        encoding = self.tokenizer.encode(text)
+        device = next(self.model.parameters()).device
+        rows = self.model(input_ids=torch.tensor([encoding.ids], device=device)).last_hidden_state[0]
+        end = max((stop for _, stop in encoding.offsets), default=0)
+        return rows.float().cpu().numpy(), text[end:].strip() if encoding.overflowing else ""
+
+
+def _of_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
+    disable_progress_bar()
+    try:
+        model, report = UMT5EncoderModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=dtype
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise WeightsError(f"{folder} holds no umT5 that can be read ({_first_line(error)}); fetch it again") from error
+    wrong = {kind: sorted(names)[:4] for kind, names in report.items() if names and "keys" in kind}
+    if wrong:
+        raise WeightsError(f"{folder} is not umT5's encoder: {wrong}; fetch it again")
+    return model
+
+
+def _official(path: Path) -> nn.Module:
+    state = {umt5_from_official(name): tensor for name, tensor in read_torch(path).items()}
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]  # one tensor, two names
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config(**XXL, feed_forward_proj="gated-gelu"))
+    match({name: tuple(x.shape) for name, x in model.state_dict().items()}, state)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,122 @@
+"""The planner's formulae against real modules and real allocations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cfrt import memory
+from cfrt.config import PRESETS
+from cfrt.nn.autoencoder import Autoencoder
+from cfrt.nn.dit import CausalDiT
+from cfrt.nn.ring import RingCache
+
+pytestmark = pytest.mark.cpu
+
+FULL = PRESETS["wan-1.3b-framewise-2step"]
+SMALL = replace(PRESETS["tiny"], width=24, heads=2, depth=3, ffn=40, sinks=2, latent_grid=(6, 4))
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("config", [SMALL, PRESETS["tiny"], replace(SMALL, unit=2, window=6, sinks=0)])
+def test_what_a_stream_keeps(config):
+    """Weights, ring and text of real modules, byte for byte."""
+    network, ring = CausalDiT(config), RingCache(config, 1, torch.float32, torch.device("cpu"))
+    assert memory.parameters(config) == count(network)
+    assert memory.ring(config) == sum(x.numel() for x in (*ring.k, *ring.v))
+    text = network.text_kv(torch.zeros(1, 1, config.text.length, config.text.width))
+    assert memory.text_kv(config) == sum(x.numel() for pair in text for x in pair)
+
+
+def test_the_small_decoder():
+    weights, state = memory.decoder(SMALL.autoencoder, SMALL.latent_grid, "tiny")
+    network = Autoencoder(SMALL.autoencoder)
+    assert weights == count(network.decoder)
+    _, kept = network.decode(torch.zeros(1, 1, SMALL.latent_channels, *SMALL.latent_grid))
+    assert state == kept.numel()
+
+
+@pytest.mark.parametrize("base", [8, 96])
+def test_wan_decoder_weights(base):
+    """Against diffusers' own module."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        theirs = AutoencoderKLWan(base_dim=base)
+    config = replace(FULL.autoencoder, widths=(base, 2 * base, 4 * base, 4 * base))
+    expected = count(theirs.decoder) + count(theirs.post_quant_conv)
+    assert memory.decoder(config, (2, 2), "wan")[0] == expected
+
+
+def test_published_sizes():
+    """arXiv:2602.02214's geometry: the ring of 21 frames, and the state of the released streaming decoder, which is
+    given as 944.3 million numbers."""
+    frame = memory.ring(FULL) / FULL.geometry.capacity
+    assert 2 * frame == pytest.approx(287.5e6, rel=1e-3)
+    assert memory.decoder(FULL.autoencoder, FULL.latent_grid, "wan")[1] == pytest.approx(944.3e6, rel=1e-3)
+    assert memory.UMT5_XXL == 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64) + 256_384 * 4096 + 4096
+
+
+def test_a_small_stream_stays_below_its_estimate():
+    """What eager PyTorch has alive at once in a pass, counted from its own profile of allocations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    config = replace(SMALL, latent_grid=(24, 24), width=96, ffn=256, depth=2)
+    network = CausalDiT(config).eval()
+    ring = RingCache(config, 1, torch.float32, torch.device("cpu"))
+    x = torch.zeros(1, config.unit, config.latent_channels, *config.latent_grid)
+    with torch.no_grad():
+        text = network.text_kv(torch.zeros(1, 1, config.text.length, config.text.width))
+        network.step(x, torch.zeros(1), text, ring, 0, commit=True)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            network.step(x, torch.zeros(1), text, ring, 1)
+    alive = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    estimate = 4 * memory.workspace(config)
+    assert peak <= estimate, f"{peak} bytes at once, the estimate says {estimate}"
+    assert peak > estimate / 4
+
+
+def test_remedies_make_it_fit():
+    setup = memory.Setup(config=FULL, precision="fp32", text="gpu")
+    account = memory.stream(setup)
+    assert account.total > 24e9
+    chosen = account.enough(int(24e9))
+    assert account.total - sum(part.bytes for part in chosen) <= 24e9
+    assert all(part.bytes > 0 for part in chosen)
+    assert account.enough(account.total) == ()
+    small = memory.stream(memory.Setup(config=replace(FULL, window=9), decoder="taehv"))
+    assert small.total < 24e9
+    assert "fits into 24.0 GB" in memory.page(small, int(24e9))
+    assert "change this, then it fits" in memory.page(account, int(24e9))
+    assert "even then it does not fit" in memory.page(account, 10**9)
+
+
+def test_a_guided_teacher_has_two_rings():
+    once, twice = (memory.stream(memory.Setup(config=FULL, guided=guided)) for guided in (False, True))
+    rings = [next(part.bytes for part in account.parts if "ring" in part.name) for account in (once, twice)]
+    assert rings[1] == 2 * rings[0]
+
+
+def test_training_is_shared_out():
+    alone = memory.training(FULL, real=PRESETS["wan-14b"])
+    shared = memory.training(FULL, real=PRESETS["wan-14b"], processes=8)
+    assert alone.total == pytest.approx(36 * memory.parameters(FULL) + 2 * memory.parameters(PRESETS["wan-14b"]))
+    assert shared.total == pytest.approx(alone.total / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("16 GiB", 2**34), ("0.5gb", 5 * 10**8)])
+def test_sizes(text, size):
+    assert memory.read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "24", "GB", "much"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError):  # noqa: PT011 (float says it in its own words)
+        memory.read_size(text)

@@ -1,0 +1,115 @@
+"""`reference_compat`: the released inference loop, written out as it is there, gives the same clip."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from student_fixture import save_student, small_config
+
+import cfrt
+from cfrt import cli, flow
+from cfrt.engines import Spec, choose
+from cfrt.engines.torch import TorchEngine
+from cfrt.errors import ConfigError, EngineError
+from cfrt.nn.dit import CausalDiT
+from cfrt.nn.reference_noise import ReferenceNoise
+from cfrt.nn.ring import RingCache
+from cfrt.weights import load_model, part
+
+pytestmark = pytest.mark.cpu
+
+TWO = small_config(sinks=1)
+THREE = replace(TWO, unit=3, window=6, first_steps=None, trained_frames=9)
+
+
+@torch.no_grad()
+def released_loop(config, weights, rows, seed):
+    """Clean latents [1, T, C, h, w]: noise of the clip first, then one draw for each re-noising, from one generator."""
+    network = CausalDiT.from_arrays(config, part(weights, "dit")).eval()
+    ring = RingCache(config, 1, torch.float32, torch.device("cpu"))
+    text = network.text_kv(torch.from_numpy(rows)[None, None])
+    torch.manual_seed(seed)
+    noise = torch.randn(1, config.trained_frames, config.latent_channels, *config.latent_grid)
+    clip = []
+    for unit in range(config.trained_frames // config.unit):
+        x = noise[:, unit * config.unit : (unit + 1) * config.unit]
+        levels = flow.sigmas(config.unit_steps(unit), config.shift)
+        for i, s in enumerate(levels):
+            x0 = flow.x0_from_v(x, network.step(x, torch.full((1,), 1000 * s), text, ring, unit), s)
+            if i + 1 < len(levels):
+                x = flow.add_noise(x0, torch.randn_like(x0.flatten(0, 1)).unflatten(0, (1, -1)), levels[i + 1])
+        network.commit(x0, text, ring, unit)
+        clip.append(x0)
+    return torch.cat(clip, dim=1)
+
+
+@pytest.mark.parametrize("config", [TWO, THREE], ids=["F=1", "F=3"])
+def test_the_released_loop(tmp_path, config):
+    folder = save_student(tmp_path / "model", config)
+    config, weights = load_model(folder)
+    rows = np.random.default_rng(0).normal(size=(config.text.length, config.text.width)).astype(np.float32)
+    expected = released_loop(config.as_reference(), weights, rows, seed=5)
+    engine = TorchEngine()
+    engine.prepare(Spec(config=config.as_reference(), weights=weights, precision="fp32", seed=5))
+    engine.set_text(rows)
+    clip = []
+    for unit in range(config.trained_frames // config.unit):
+        x = engine.noise(unit, 0)
+        levels = flow.sigmas(config.unit_steps(unit), config.shift)
+        for step, s in enumerate(levels):
+            x = flow.add_noise(x, engine.noise(unit, step), s) if step else x
+            x = engine.denoise(x, 1000 * s, unit)
+        engine.commit(x, unit)
+        clip.append(x)
+    assert torch.allclose(torch.cat(clip, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_a_stream_makes_one_clip(tmp_path):
+    """All frames of the clip come; what is beyond it is an error that says why."""
+    folder = save_student(tmp_path / "model", TWO)
+    total = TWO.first_frame(TWO.trained_frames)
+    with cfrt.Stream("a red circle", model=folder, reference_compat=True, fps="max") as stream:
+        assert stream.engine == "torch"
+        assert "reference noise" in stream.refusals["native"]
+        frames = list(stream.frames(total))
+        assert [frame.index for frame in frames] == list(range(total))
+        with pytest.raises(EngineError, match="clip of 6 latent frames"):
+            next(stream.frames(1))
+
+
+def test_units_come_once_and_in_order():
+    noise = ReferenceNoise(TWO.as_reference(), 0, torch.float32, torch.device("cpu"), prefix=0)
+    noise(0, 0)
+    with pytest.raises(EngineError, match=r"expected unit and step \(0, 1\), got \(1, 0\)"):
+        noise(1, 0)
+
+
+def test_given_frames_are_not_drawn():
+    """After a picture the next unit has the first step list, and the clip's noise starts with it."""
+    noise = ReferenceNoise(TWO.as_reference(), 3, torch.float32, torch.device("cpu"), prefix=1)
+    torch.manual_seed(3)
+    clip = torch.randn(1, TWO.trained_frames - 1, TWO.latent_channels, *TWO.latent_grid)
+    assert torch.equal(noise(1, 0), clip[:, :1])
+    for step in (1, 2, 3):
+        assert torch.equal(noise(1, step)[0], torch.randn(1, TWO.latent_channels, *TWO.latent_grid))
+    assert torch.equal(noise(2, 0), clip[:, 1:2])
+
+
+def test_sinks_at_their_true_distance_belong_to_it():
+    with pytest.raises(ConfigError, match="absolute"):
+        replace(TWO, reference_compat=True)
+    assert TWO.as_reference().sink_position == "absolute"
+
+
+def test_the_native_engine_is_not_chosen():
+    spec = Spec(config=TWO.as_reference(), weights={})
+    with pytest.raises(EngineError, match="cannot do reference noise"):
+        choose("native", spec)
+
+
+def test_the_command(tmp_path, capsys):
+    folder = save_student(tmp_path / "model", TWO)
+    arguments = ["generate", "a red circle", "--model", str(folder), "--seconds", "1", "-o", str(tmp_path / "x.png")]
+    assert cli.main([*arguments, "--reference-compat"]) == 0
+    assert "torch" in capsys.readouterr().out

@@ -1,0 +1,25 @@
+"""The official models' kind on a GPU: the same stream as on the CPU, to what fp32 on two devices may differ by."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from wan_fixture import FOX, save_wan, wan_config
+
+import cfrt
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("changes", [{}, {"solver": "euler", "guidance": 3.0}], ids=["student", "teacher"])
+@pytest.mark.parametrize("decoder", [None, "taehv"])
+def test_a_gpu_makes_the_same_frames(
+    changes: dict[str, object], decoder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CFRT_CACHE", str(tmp_path / "cache"))
+    model = save_wan(tmp_path / "model", wan_config(**changes), taehv=True)
+    made = []
+    for device in ("cpu", "cuda"):
+        with cfrt.Stream(FOX, model=model, device=device, decoder=decoder, precision="fp32", fps="max") as stream:
+            made.append(np.stack([frame.pixels for frame in stream.frames(13)]).astype(int))
+    assert np.abs(made[0] - made[1]).max() <= 3  # levels of 255: convolutions on a GPU round to TF32

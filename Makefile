@@ -3,7 +3,8 @@
 #
 # Everything lives in .venv and build/. Running a target again does only what changed sources, pins or options ask for.
 #   PYTHON=python3.12   another Python        CFRT_CUDA=ON|OFF|AUTO   CUDA kernels (AUTO: when nvcc is found)
-#   TORCH_INDEX=URL     where torch comes from                         ARGS="-k ring"  further arguments for pytest
+#   TORCH_INDEX=URL     where torch comes from                         CFRT_CUDA_ARCHS=89     for these alone, not all
+#   ARGS="-k ring"      further arguments for pytest
 
 PYTHON ?=
 TORCH_INDEX ?= auto
@@ -24,6 +25,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE cmake csrc cfrt training export
+CXX_SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/ptxsim/*/*.h tests/ptxsim/*/*.cpp tests/native/*.h tests/native/*.cpp tests/*.cpp
 WHEEL = $$(echo build/wheel/cfrt-*.whl)
 
 .PHONY: help demo test test-all lint format types imports bench gate compare readme dev clean FORCE
@@ -48,7 +50,7 @@ $(STAMPS)/build: $(STAMPS)/venv $(STAMPS)/cuda constraints.txt pyproject.toml to
 
 # Files whose content is a setting: rewritten, and so newer, only when the setting changes.
 $(STAMPS)/cuda: FORCE | $(STAMPS)/venv
-	@echo '$(CFRT_CUDA)' | cmp -s - $@ || echo '$(CFRT_CUDA)' > $@
+	@echo '$(CFRT_CUDA) $(CFRT_CUDA_ARCHS)' | cmp -s - $@ || echo '$(CFRT_CUDA) $(CFRT_CUDA_ARCHS)' > $@
 
 $(STAMPS)/sources: FORCE | $(STAMPS)/venv
 	@find $(SOURCES) -type f -not -path '*/__pycache__/*' -not -name '.*' -print0 | sort -z | xargs -0 sha256sum > $@.new
@@ -90,12 +92,12 @@ test-all: $(STAMPS)/test
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/native/*.h tests/native/*.cpp
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 types: $(STAMPS)/dev
 	$(BIN)/mypy

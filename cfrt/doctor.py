@@ -35,6 +35,7 @@ def examine(model: str = "tiny", *, probe: bool = True) -> dict[str, Any]:
         "processor": _processor(),
         "engines": _engines(model),
         "speed": _speed(model) if probe else None,
+        "cuda": _cuda(),
     }
 
 
@@ -58,6 +59,7 @@ def as_text(report: dict[str, Any]) -> str:
         "",
     ]
     lines.append(f"processor  {_processor_line(report['processor'])}")
+    lines.append(f"kernels    {_cuda_line(report['cuda'])}")
     engines = report["engines"]
     if "error" in engines:
         return "\n".join([*lines, f"engines    cannot be asked: {engines['error']}"])
@@ -140,6 +142,19 @@ def _speed_line(found: dict[str, Any]) -> str:
         f"{found['fps']:.0f} fps by {found['engine']} in {found['precision']}, decoding included, where "
         f"{found['needed']:g} are needed; latency p50 {1000 * found['latency_p50']:.1f} ms (half a second measured)"
     )
+
+
+def _cuda() -> dict[str, Any] | None:
+    from .engines import cuda_build
+
+    return cuda_build()
+
+
+def _cuda_line(cuda: dict[str, Any] | None) -> str:
+    if cuda is None:
+        return "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too"
+    archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
+    return f"CUDA {cuda['version']} for {archs}; wants NVIDIA driver {cuda['driver']} or newer"
 
 
 def _describe(name: str, folder: Path) -> dict[str, Any]:

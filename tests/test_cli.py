@@ -340,6 +340,11 @@ def test_doctor(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert report["processor"]["threads"] >= 1
     assert report["speed"]["engine"] == "native"
     assert report["speed"]["fps"] > 0
+    assert report["cuda"] is None or report["cuda"]["driver"] >= 525
+    assert main(["doctor", "--model", str(student)]) == 0
+    out = capsys.readouterr().out
+    assert ("CPU only; CFRT_CUDA=ON pip install" in out) == (report["cuda"] is None)
+    assert ("wants NVIDIA driver" in out) == (report["cuda"] is not None)
     monkeypatch.setattr("cfrt.engines.find_spec", lambda name: None)
     assert main(["doctor", "--model", str(student)]) == 0
     out = capsys.readouterr().out

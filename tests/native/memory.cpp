@@ -171,6 +171,22 @@ void elements(const Kernels& kernels, std::int64_t count) {
     kernels.pointwise.modulation(call, 0, 2);
 }
 
+// Taps of the last position and of the one before the plane, which is zeros.
+void convolutions(const Kernels& kernels, std::int64_t rows, std::int64_t width) {
+    constexpr std::int64_t kTaps = 3;
+    const std::int64_t depth = kTaps * width + 1;
+    Guarded<float> plane((rows + 1) * width), gathered(rows * depth), x(rows * width), out(rows * (width + 1));
+    Guarded<std::int32_t> taps(rows * kTaps);
+    for (std::int64_t i = 0; i < rows * kTaps; ++i) taps.data()[i] = static_cast<std::int32_t>(i % (rows + 1)) - 1;
+    kernels.conv.gather({plane.data() + width, width, taps.data(), kTaps, gathered.data(), depth, depth}, 0, rows);
+    x.normal(1);
+    Guarded<std::uint16_t> half(rows * (width + 1));
+    for (const bool silu : {false, true}) {
+        kernels.conv.activate({x.data(), width, silu, false, out.data(), width + 1}, 0, rows);
+        kernels.conv.activate({x.data(), width, silu, true, half.data(), width + 1}, 0, rows);
+    }
+}
+
 void tables_and_latents() {
     const Rotary rotary{3, 5, {2, 3, 3}, 10000.0};
     Guarded<std::int64_t> positions(2);
@@ -215,6 +231,7 @@ void test_memory() {
         }
         queries(level, 3, 2, 48);
         for (const std::int64_t count : {1, 5, 16, 33}) elements(level, count);
+        for (const std::int64_t width : {1, 8, 19, 48}) convolutions(level, 5, width);
         for (const std::int64_t fold : {1, 2, 4}) pixels(level, 3, 5, 2, fold);
     }
     tables_and_latents();

@@ -1,19 +1,19 @@
-// Streams as the engine drives them, on pools of several threads, two streams at once in one process: products,
-// the ring's passes, appends, attention. The bytes must be those of one thread alone.
-#include <algorithm>
+// Streams as the engine drives them, on pools of several threads, two at once in one process: the DiT with its ring and
+// fused passes, and the decoder behind it. The bytes must be those of one thread alone.
+#include <map>
+#include <string>
 #include <thread>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/ring.h"
-#include "cpu/weights.h"
+#include "cpu/autoencoder.h"
+#include "cpu/dit.h"
 #include "tests.h"
 
 using namespace cfrt;
 
 namespace {
 
-constexpr std::int64_t kHeads = 2, kDim = 16, kWidth = kHeads * kDim, kTokens = 9, kUnits = 12;
+constexpr std::int64_t kUnits = 8, kGrid = 8, kChannels = 2;
 
 std::vector<float> numbers(std::int64_t count, unsigned seed) {
     std::vector<float> x(static_cast<std::size_t>(count));
@@ -24,90 +24,61 @@ std::vector<float> numbers(std::int64_t count, unsigned seed) {
     return x;
 }
 
-// One layer of a model: queries, keys and values by a product each, the ring, attention, a product that is added.
-class Stream {
-  public:
-    Stream(Isa isa, Precision precision, int threads)
-        : kernels_(cfrt::kernels(isa)),
-          threads_(threads),
-          precision_(precision),
-          ring_({{1, 4, 1}, kTokens, 1, kHeads, kDim, precision == Precision::int8 ? Precision::bf16 : precision}),
-          stride_(row_stride(kernels_, precision, kWidth)),
-          rows_(static_cast<std::size_t>(kTokens * stride_ * kernels_.product(precision).element)),
-          scale_(kTokens * sizeof(float)) {
-        for (unsigned seed = 1; seed <= 4; ++seed)
-            weights_.emplace_back(kernels_, precision, numbers(kWidth * kWidth, seed).data(), kWidth, kWidth, threads_);
-    }
+// Small, but its products are worth sharing among threads.
+DitConfig config() {
+    DitConfig c{};
+    c.width = 64, c.depth = 2, c.heads = 2, c.ffn = 128, c.time_width = 16, c.text_width = 8, c.text_rows = 3;
+    c.patches = {kChannels, kGrid, kGrid, 2, 2}, c.geometry = {1, 4, 1};
+    c.rope_pairs = {4, 6, 6}, c.rope_theta = 10000.0, c.relative_sinks = true, c.trained_frames = 6, c.eps = 1e-6f;
+    return c;
+}
 
-    // The hidden rows after every unit, one behind the other.
-    std::vector<float> run() {
-        std::vector<float> x = numbers(kTokens * kWidth, 9), all;
-        for (std::int64_t unit = 0; unit < kUnits; ++unit) {
-            ring_.open(unit, pass_);
-            layer(x.data());
-            ring_.commit(unit);
-            all.insert(all.end(), x.begin(), x.end());
-        }
-        return all;
+// Weights that follow from a tensor's name alone.
+class Tensors {
+  public:
+    std::vector<float> read(const std::string& name, std::int64_t size) const {
+        unsigned seed = 1;
+        for (const char letter : name) seed = seed * 31u + static_cast<unsigned char>(letter);
+        std::vector<float> x = numbers(size, seed);
+        for (float& value : x) value *= 0.2f;
+        return x;
+    }
+    const float* find(const std::string& name, std::initializer_list<std::int64_t> shape) {
+        std::int64_t size = 1;
+        for (const std::int64_t side : shape) size *= side;
+        return (kept_[name] = read(name, size)).data();
     }
 
   private:
-    void layer(float* x) {
-        std::vector<float> q(kTokens * kWidth), k(q), v(q), seen(q);
-        round(x);
-        multiply(0, q.data(), Epilogue::none), multiply(1, k.data(), Epilogue::silu),
-            multiply(2, v.data(), Epilogue::gelu);
-        const Append append{
-            {k.data(), kWidth, nullptr, 0.0f, nullptr}, v.data(), kWidth, &ring_.layer(0), pass_.place.data()};
-        threads_.split(kTokens, [&](std::int64_t b, std::int64_t e) { kernels_.pointwise.append(append, b, e); });
-        look(q.data(), seen.data());
-        round(seen.data());
-        multiply(3, x, Epilogue::add);
-        for (std::int64_t i = 0; i < kTokens * kWidth; ++i) x[i] *= 0.5f;
-    }
-
-    void round(const float* x) {
-        threads_.split(kTokens, [&](std::int64_t begin, std::int64_t end) {
-            if (precision_ == Precision::bf16)
-                kernels_.rows.to_bf16(rows_.as<std::uint16_t>(), stride_, x, kWidth, kWidth, kWidth, begin, end);
-            else if (precision_ == Precision::int8)
-                kernels_.rows.to_int8(rows_.data(), stride_, scale_.as<float>(), x, kWidth, kWidth, kWidth, begin, end);
-            else
-                for (std::int64_t row = begin; row < end; ++row)
-                    std::copy_n(x + row * kWidth, kWidth, rows_.as<float>() + row * stride_);
-        });
-    }
-
-    void multiply(int which, float* out, Epilogue epilogue) {
-        Gemm g{};
-        g.w = &weights_[static_cast<std::size_t>(which)].view();
-        g.a = rows_.data(), g.m = kTokens, g.stride = stride_, g.a_scale = scale_.as<float>();
-        g.epilogue = epilogue, g.out = out, g.out_stride = kWidth;
-        check_gemm(kernels_, g);
-        const GemmKernel& kernel = kernels_.product(precision_);
-        threads_.split(kernel.tiles(g), [&](std::int64_t begin, std::int64_t end) { kernel.run(g, begin, end); });
-    }
-
-    void look(const float* q, float* out) {
-        Attention call{};
-        call.kv = &ring_.layer(0), call.ranges = pass_.ranges.data();
-        call.range_count = static_cast<int>(pass_.ranges.size()), call.sink_rows = pass_.sink_rows;
-        call.q = q, call.q_sink = q, call.m = kTokens, call.q_stride = kWidth, call.scale = 0.25f;
-        call.out = out, call.out_stride = kWidth;
-        check_attention(call);
-        Buffer scratch(attention_scratch(kernels_, call, threads_.count()));
-        attend(kernels_, threads_, call, scratch.data());
-    }
-
-    const Kernels& kernels_;
-    Threads threads_;
-    Precision precision_;
-    Ring ring_;
-    RingPass pass_;
-    std::vector<Weights> weights_;
-    std::int64_t stride_;
-    Buffer rows_, scale_;
+    std::map<std::string, std::vector<float>> kept_;
 };
+
+// The pixels of a stream of kUnits units, two passes each, the commit fused with the next unit's first pass.
+std::vector<std::uint8_t> stream(Isa isa, Precision precision, int count) {
+    const Kernels& level = kernels(isa);
+    Threads threads(count);
+    Tensors tensors;
+    const auto read = [&](const std::string& name, std::int64_t size) { return tensors.read(name, size); };
+    const auto find = [&](const std::string& name, std::initializer_list<std::int64_t> shape) {
+        return tensors.find(name, shape);
+    };
+    Dit dit(config(), level, precision, threads, read);
+    const AutoencoderShape shape{kChannels, kGrid, kGrid, {4, 8, 8, 8, 8, 4}};
+    Autoencoder codec(level, precision, shape, find, 1, threads);
+    dit.set_text(numbers(config().text_rows * config().text_width, 5).data());
+    const std::int64_t frame = shape.latents();
+    std::vector<float> x(static_cast<std::size_t>(frame)), clean(x), before(x);
+    std::vector<std::uint8_t> pixels(static_cast<std::size_t>(kUnits * 4 * shape.bytes()));
+    for (std::int64_t unit = 0; unit < kUnits; ++unit) {
+        dit.denoise(x.data(), numbers(frame, 100 + static_cast<unsigned>(unit)).data(), 900.0, unit,
+                    unit > 0 ? clean.data() : nullptr);
+        dit.denoise(clean.data(), x.data(), 400.0, unit, nullptr);
+        codec.decode(pixels.data() + unit * 4 * shape.bytes(), clean.data(), 1, unit > 0 ? before.data() : nullptr);
+        before = clean;
+    }
+    dit.commit(clean.data(), kUnits - 1);
+    return pixels;
+}
 
 // Calls of a pool that write what the next call reads, shares without an item among them.
 void pool(int count) {
@@ -133,14 +104,12 @@ void test_streams() {
     for (const int count : {1, 2, 3, 5}) pool(count);
     for (const Isa isa : supported_isas()) {
         for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::int8}) {
-            const std::vector<float> alone = Stream(isa, precision, 1).run();
-            std::vector<float> results[2];
-            std::thread other([&] { results[1] = Stream(isa, precision, 3).run(); });
-            results[0] = Stream(isa, precision, 2).run();
+            const std::vector<std::uint8_t> alone = stream(isa, precision, 1);
+            std::vector<std::uint8_t> results[2];
+            std::thread other([&] { results[1] = stream(isa, precision, 3); });
+            results[0] = stream(isa, precision, 2);
             other.join();
-            for (const auto& result : results)
-                CFRT_REQUIRE(result.size() == alone.size() &&
-                             std::memcmp(result.data(), alone.data(), alone.size() * sizeof(float)) == 0);
+            CFRT_REQUIRE(results[0] == alone && results[1] == alone);
         }
     }
 }

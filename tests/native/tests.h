@@ -15,7 +15,7 @@
     } while (false)
 
 void test_memory();    // every kernel of every level, on arrays that end at a guard page
-void test_streams();   // pool, ring, attention and products: several streams at once
+void test_streams();   // the pool, and the engine on it: two streams at once
 void mutant_heap();    // one row too many, behind a heap array
 void mutant_guard();   // one row too many, behind a guarded array, at the best level
 void mutant_signed();  // a sum that does not fit

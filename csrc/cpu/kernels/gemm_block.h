@@ -10,14 +10,19 @@
 // The ladder; GOP/s of one core, whose ceiling is 118 in fp32, 236 in bf16, 473 in int8 (benchmarks/bench_kernels.py);
 // measured on an AMD EPYC (Zen 4, avx512bf16 but where another level is named) on 2026-11-25:
 //   1  a micro-kernel for each number of rows up to 14, two vectors wide; rows shared evenly among the tiles of a
-//      panel, so that 15 rows are 7 + 8 and not 14 + 1            64 rows, K = 256: fp32 111, bf16 213, int8 390
-//   2  what belongs to a column (bias, scale, offset) is fetched once a tile, not once a row    114, 224, LADDER_INT8
-//   3  up to six rows: two panels side by side, up to two rows four, since a few sums cannot fill the pipeline; what
-//      stays is the bandwidth of the second-level cache            one row, K = 192: bf16 93 -> 107; two, K = 768: 156
-//      -> 184
-//   4  bf16 without its dot product: first the odd halves of all words, then the even ones, and a row less, so that
-//      all fits into the registers                               avx2, 12 rows: 77 -> 102; plain: 23 -> 29
-// Sums are vectors of int32 and not __m512i: GCC 12 copies the latter on every step (int8 then falls to 200).
+//   panel,
+//      so that 15 rows are 7 + 8 and not 14 + 1. 64 rows, K = 256: fp32 111, bf16 214, int8 390
+//   2  what belongs to a column (bias, scale, offset) is fetched once a tile, not once a row: bf16 219, int8 415
+//   3  up to six rows: two panels side by side, up to two rows four, since a few sums cannot fill the pipeline. Two
+//   rows,
+//      K = 768: bf16 156 -> 184. One row, K = 192: 93 -> 107; the second-level cache's 32 bytes a cycle allow no more
+//   4  bf16 without its dot product: first the odd numbers of all words, then the even ones, and a row less, so that
+//   all
+//      fits into the registers. 12 rows on avx2: 77 -> 102; plain: 23 -> 29
+//
+// GCC 12 wants sums to be
+// vectors of int32 and not __m512i, which it copies in every step (int8 then falls to 200), and no counter but k, or it
+// keeps pointers in vector registers (14 rows, fp32: 116 -> 110).
 #pragma once
 
 #include "../simd.h"

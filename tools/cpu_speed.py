@@ -32,8 +32,9 @@ def load() -> dict[str, Any]:
 
 
 def cases(rows: Sequence[Row]) -> list[Case]:
-    """In the order in which they were measured."""
-    return list(dict.fromkeys((row["size"], row["tokens"], row["threads"]) for row in rows if row["ms"] is not None))
+    """In the order in which they were measured, attention alone after whole passes."""
+    found = dict.fromkeys((row["size"], row["tokens"], row["threads"]) for row in rows if row["ms"] is not None)
+    return sorted(found, key=lambda case: case[0].startswith("attention"))
 
 
 def pick(rows: Sequence[Row], case: Case, precision: str) -> tuple[Row | None, Row | None]:

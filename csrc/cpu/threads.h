@@ -6,7 +6,8 @@
 // process.
 //
 // An empty call on two threads costs 0.43 us while the worker watches, and 47 us once it has to be woken; on one thread
-// 0.3 ns (two cores of an AMD EPYC, Zen 4, in a virtual machine; measured on 2026-11-25 by benchmarks/bench_kernels.py).
+// 0.3 ns (benchmarks/bench_kernels.py on two cores of an AMD EPYC, Zen 4, in a virtual machine; measured on
+// 2026-11-25).
 #pragma once
 
 #include <atomic>

@@ -190,7 +190,7 @@ def _map_safetensors(path: Path) -> tuple[MappedTensors, dict[str, str]]:
 
 def _views(path: Path) -> dict[str, np.ndarray]:
     """Every tensor as a view of the file: 8 bytes with the length of the header, the header in JSON, then the data."""
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # without the subclass, which costs at every view
     (length,) = struct.unpack("<Q", content[:8].tobytes())
     views = {}
     for name, entry in json.loads(content[8 : 8 + length].tobytes()).items():

@@ -37,12 +37,6 @@ const Kernels& at(const Isa& isa) {
     return kernels(find_isa(isa));
 }
 
-Precision precision_of(const std::string& name) {
-    check(name == "fp32" || name == "bf16" || name == "int8", "expected precision to be one of fp32, bf16, int8, got '",
-          name, "'");
-    return name == "fp32" ? Precision::fp32 : name == "bf16" ? Precision::bf16 : Precision::int8;
-}
-
 // -1 stands for any size.
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {

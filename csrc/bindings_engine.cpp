@@ -27,12 +27,6 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Maybe = std::optional<Array<float>>;
 
-Precision precision_of(const std::string& name) {
-    check(name == "fp32" || name == "bf16" || name == "int8", "expected precision to be one of fp32, bf16, int8, got '",
-          name, "'");
-    return name == "fp32" ? Precision::fp32 : name == "bf16" ? Precision::bf16 : Precision::int8;
-}
-
 // Tensors by name out of a mapping, one at a time, so that no more than one is in memory twice.
 class Tensors {
   public:

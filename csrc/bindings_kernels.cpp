@@ -170,6 +170,10 @@ void gemm(const Rows& rows, const BoundWeights& weights, py::array out, const st
 
 }  // namespace
 
+Precision precision_of(const std::string& name) {
+    return find_precision(name);
+}
+
 void bind_kernels(py::module_& parent) {
     py::module_ m = parent.def_submodule("kernels", "The CPU kernels one by one, for tests and benchmarks.");
     m.def(

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +46,7 @@ def rows(config: ModelConfig, seed: int = 1) -> np.ndarray:
 
 
 def prepared(
-    config: ModelConfig, weights: dict[str, np.ndarray], kind: type[Engine] = NativeEngine, **changes: Any
+    config: ModelConfig, weights: Mapping[str, np.ndarray], kind: type[Engine] = NativeEngine, **changes: Any
 ) -> Engine:
     engine = kind()
     engine.prepare(Spec(config=config, weights=weights, **{"seed": 5, "threads": 1, **changes}))
@@ -218,8 +218,8 @@ def test_fused_equals_separate_at_any_number_of_threads(
     """Theorem 4, bit for bit, and design section 4: bytes do not depend on the number of threads, of which each gets
     work at these sizes."""
     monkeypatch.setenv("CFRT_ISA", isa)
-    config = small_config(**geometry, width=96, latent_grid=(8, 8), steps=(1.0,), first_steps=None)
-    weights, units = random_weights(config), range(5)
+    config = small_config(**geometry, width=160, latent_grid=(16, 16), steps=(1.0,), first_steps=None)
+    weights, units = random_weights(config), range(4)
     expected = made(prepared(config, weights, precision=precision), config, units)
     assert np.isfinite(expected).all()
     for threads, fused in ((1, True), (2, False), (3, True)):
@@ -306,7 +306,7 @@ def test_mapped_weights_give_the_same_bytes(tmp_path: Any) -> None:
     config = small_config()
     weights = {name: x.astype(np.float16).astype(np.float32) for name, x in random_weights(config).items()}
     save_model(tmp_path, config, weights)
-    engine = prepared(config, load_model(tmp_path)[1])  # type: ignore[arg-type]
+    engine = prepared(config, load_model(tmp_path)[1])
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     np.testing.assert_array_equal(made(engine, config, range(3)), made(prepared(config, weights), config, range(3)))
@@ -320,11 +320,20 @@ def test_cores_are_counted() -> None:
 
 
 @pytest.mark.slow
-@every_precision
-def test_five_hundred_units_do_not_drift(precision: str) -> None:
-    """A stream feeds on itself, so errors might grow without bound: those of units 400 to 500 are no larger than three
-    times those of the first hundred. The embedded student: random weights forget their past too soon."""
+def test_five_hundred_units_do_not_drift() -> None:
+    """The embedded student. Given the exact past, units 400 to 500 are as exact as the first hundred: nothing piles up
+    in the ring, in positions or in phases. Left to itself a stream goes its own way, since small differences grow in
+    what it shows, as between two seeds; its latents keep their size."""
     config, weights = load_model(students.find("tiny"))
     exact = made(prepared(config, weights, TorchEngine, precision="fp64"), config, range(500))
-    ours = made(prepared(config, weights, precision=precision), config, range(500))
-    assert error(ours[400:], exact[400:]) < 3 * error(ours[:100], exact[:100]) + 1e-4
+    for precision in PRECISIONS:
+        engine = prepared(config, weights, precision=precision)
+        free = made(engine, config, range(500), fused=True)
+        assert abs(free[400:].std() / exact[400:].std() - 1) < 0.05
+        engine = prepared(config, weights, precision=precision)
+        guided = np.empty_like(exact)
+        for unit in range(500):
+            guided[unit] = next(advance(engine, config, range(unit, unit + 1)))
+            engine.commit(exact[unit].astype(np.float32), unit)
+        early, late = (error(guided[span], exact[span]) for span in (slice(100), slice(400, 500)))
+        assert late < 2 * early, f"{precision}: {early:.3g}, then {late:.3g}"

@@ -11,6 +11,15 @@ std::int64_t one_scratch(const Kernels& kernels, const Attention& call) {
     return (kernels.attention(call.kv->precision).scratch(call) + 63) / 64 * 64;
 }
 
+// Multiply-adds below which other threads are left alone: a few microseconds.
+constexpr std::int64_t kWorthSharing = 1 << 19;
+
+std::int64_t multiply_adds(const Attention& call) {
+    std::int64_t keys = 0;
+    for (int i = 0; i < call.range_count; ++i) keys += call.ranges[i].stop - call.ranges[i].start;
+    return 2 * call.m * keys * call.kv->heads * call.kv->dim;
+}
+
 }  // namespace
 
 void check_attention(const Attention& call) {
@@ -42,7 +51,7 @@ std::size_t attention_scratch(const Kernels& kernels, const Attention& call, int
 void attend(const Kernels& kernels, Threads& threads, const Attention& call, void* scratch) {
     const AttentionKernel& kernel = kernels.attention(call.kv->precision);
     const std::int64_t tiles = kernel.tiles(call), bytes = one_scratch(kernels, call), count = threads.count();
-    if (count == 1) return kernel.run(call, 0, tiles, scratch);
+    if (count == 1 || multiply_adds(call) < kWorthSharing) return kernel.run(call, 0, tiles, scratch);
     threads.run([&](int thread) {
         const std::int64_t begin = tiles * thread / count, end = tiles * (thread + 1) / count;
         if (begin < end) kernel.run(call, begin, end, static_cast<std::byte*>(scratch) + thread * bytes);

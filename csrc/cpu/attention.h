@@ -14,7 +14,7 @@ void check_attention(const Attention& call);
 // Bytes of scratch, aligned to 64, that `attend` needs with `threads` threads.
 std::size_t attention_scratch(const Kernels& kernels, const Attention& call, int threads);
 
-// The bytes of the result do not depend on the number of threads.
+// On all threads where that is worth it. The bytes of the result do not depend on the number of threads.
 void attend(const Kernels& kernels, Threads& threads, const Attention& call, void* scratch);
 
 }  // namespace cfrt

@@ -5,6 +5,11 @@
 #include <utility>
 
 namespace cfrt {
+namespace {
+
+constexpr std::int64_t kLanes = 16;  // multiply-adds that go with one operation, about
+
+}  // namespace
 
 Rows Rows::take(Arena& arena, const Kernels& kernels, Precision precision, std::int64_t m, std::int64_t k) {
     Rows rows{precision,
@@ -65,7 +70,7 @@ void multiply(const Machine& machine, const Linear& linear, const Rows& rows, st
         result.out, result.stride, result.bf16, result.gate, result.gate_rows, result.gate_stride};
     const GemmKernel& kernel = machine.kernels.product(w.precision);
     const std::int64_t tiles = kernel.tiles(g);
-    machine.share(tiles, m * w.n / tiles * w.k / 16,
+    machine.share(tiles, m * w.n / tiles * w.k / kLanes,
                   [&](std::int64_t begin, std::int64_t end) { kernel.run(g, begin, end); });
 }
 

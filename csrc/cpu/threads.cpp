@@ -39,10 +39,11 @@ int checked(int count) {
 Threads::Threads(int count)
     : count_(checked(count)),
       // With more threads than cores, watching keeps others from working.
-      patience_(count <= static_cast<int>(std::thread::hardware_concurrency()) ? kPatience : 0) {
+      patience_(count <= static_cast<int>(std::thread::hardware_concurrency()) ? kPatience : 0),
+      shares_(static_cast<std::size_t>(count)) {
     workers_.reserve(static_cast<std::size_t>(count - 1));
     try {
-        for (int thread = 1; thread < count; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+        for (int share = 1; share < count; ++share) workers_.emplace_back([this, share] { serve(share); });
     } catch (...) {  // the system has no thread left for us
         stop();
         throw;
@@ -56,11 +57,16 @@ Threads::~Threads() {
 void Threads::start(Call call, const void* work) {
     if (workers_.empty()) return call(work, 0);
     call_ = call, work_ = work;
-    busy_.store(count_ - 1, std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    open_.store(count_ - 1, std::memory_order_relaxed);
+    const std::uint32_t round = round_.fetch_add(1, std::memory_order_release) + 1;
     round_.notify_all();
     call(work, 0);
-    for (int left; (left = busy_.load(std::memory_order_acquire)) != 0;) wait_for_change(busy_, left, patience_);
+    for (int share = count_ - 1; share > 0; --share) {
+        if (!take(share, round)) continue;
+        call(work, share);
+        open_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    for (int left; (left = open_.load(std::memory_order_acquire)) != 0;) wait_for_change(open_, left, patience_);
 }
 
 void Threads::stop() {
@@ -70,12 +76,22 @@ void Threads::stop() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-void Threads::serve(int thread) {
-    for (std::uint32_t seen = 0;; ++seen) {
+// Every share of a round is taken once, by its worker or by the caller, before the next round begins: a worker that
+// comes late, even by several rounds, finds that its round is over.
+bool Threads::take(int share, std::uint32_t round) {
+    std::uint32_t before = round - 1;
+    return shares_[static_cast<std::size_t>(share)].round.compare_exchange_strong(before, round,
+                                                                                  std::memory_order_acquire);
+}
+
+void Threads::serve(int share) {
+    for (std::uint32_t seen = 0;;) {
         wait_for_change(round_, seen, patience_);
+        seen = round_.load(std::memory_order_acquire);
         if (stopping_) return;
-        call_(work_, thread);
-        if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+        if (!take(share, seen)) continue;
+        call_(work_, share);
+        if (open_.fetch_sub(1, std::memory_order_acq_rel) == 1) open_.notify_one();
     }
 }
 

@@ -23,7 +23,10 @@ void run(std::int64_t rounds) {
     decltype(Dot::load(0, nullptr)) w{};
     typename Dot::Acc sums[kCount];
 #pragma GCC unroll 32
-    for (int i = 0; i < kCount; ++i) sums[i] = typename Dot::Acc{};
+    for (int i = 0; i < kCount; ++i) {
+        sums[i] = typename Dot::Acc{};
+        asm volatile("" : CFRT_REGISTER(sums[i]));  // each unknown: sums that start alike would be made once for all
+    }
     for (std::int64_t round = 0; round < rounds; ++round) {
         asm volatile(""
                      : CFRT_REGISTER(x), CFRT_REGISTER(w));  // unknown from here on: nothing is worked out beforehand

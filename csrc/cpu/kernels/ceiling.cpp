@@ -28,10 +28,11 @@ void run(std::int64_t rounds) {
         asm volatile("" : CFRT_REGISTER(sums[i]));  // each unknown: sums that start alike would be made once for all
     }
     for (std::int64_t round = 0; round < rounds; ++round) {
-        asm volatile(""
-                     : CFRT_REGISTER(x), CFRT_REGISTER(w));  // unknown from here on: nothing is worked out beforehand
 #pragma GCC unroll 32
-        for (int i = 0; i < kCount; ++i) sums[i] = Dot::dot(x, w, sums[i]);
+        for (int i = 0; i < kCount; ++i) {
+            asm volatile("" : CFRT_REGISTER(x), CFRT_REGISTER(w));  // unknown from here on: no product is there already
+            sums[i] = Dot::dot(x, w, sums[i]);
+        }
     }
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; ++i) asm volatile("" : CFRT_REGISTER(sums[i]));  // used: nothing is left out

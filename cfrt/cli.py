@@ -82,7 +82,8 @@ class Generate:
     precision: str = "auto"
     """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1
-    """CPU threads. A small model is fastest with one, and the same number gives the same video."""
+    """CPU threads. One is plenty for a small model. The native engine gives the same video for any number, others for
+    the same number."""
     fps: float | None = None
     """Frames per second that the file plays at. Default: the model's own."""
     scale: int | None = None

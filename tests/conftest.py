@@ -4,6 +4,9 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed cfrt is what is tested
 
 # Before anything imports numpy or torch, here or in a child process: results at a fixed thread count are comparable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,9 +1,10 @@
 # make demo    from a fresh checkout to a video: .venv, this checkout as a wheel, one prompt streamed for four seconds
-# make test    the same environment plus the test extra, then pytest
+# make test    the same environment plus PyTorch and the test extra, then pytest
 #
 # Everything lives in .venv and build/. Running a target again does only what changed sources, pins or options ask for.
 #   PYTHON=python3.12   another Python        CFRT_CUDA=ON|OFF|AUTO   CUDA kernels (AUTO: when nvcc is found)
-#   TORCH_INDEX=URL     where torch comes from                         ARGS="-k ring"  further arguments for pytest
+#   TORCH_INDEX=URL     where torch comes from                         CFRT_CUDA_ARCHS=89     for these alone, not all
+#   ARGS="-k ring"      further arguments for pytest
 
 PYTHON ?=
 TORCH_INDEX ?= auto
@@ -24,9 +25,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE cmake csrc cfrt training export
+CXX_SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/ptxsim/*/*.h tests/ptxsim/*/*.cpp tests/native/*.h tests/native/*.cpp tests/*.cpp
 WHEEL = $$(echo build/wheel/cfrt-*.whl)
 
-.PHONY: help demo test test-all lint format types imports bench readme dev clean FORCE
+.PHONY: help demo test test-all lint format types imports bench gate compare readme dev clean FORCE
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -48,7 +50,7 @@ $(STAMPS)/build: $(STAMPS)/venv $(STAMPS)/cuda constraints.txt pyproject.toml to
 
 # Files whose content is a setting: rewritten, and so newer, only when the setting changes.
 $(STAMPS)/cuda: FORCE | $(STAMPS)/venv
-	@echo '$(CFRT_CUDA)' | cmp -s - $@ || echo '$(CFRT_CUDA)' > $@
+	@echo '$(CFRT_CUDA) $(CFRT_CUDA_ARCHS)' | cmp -s - $@ || echo '$(CFRT_CUDA) $(CFRT_CUDA_ARCHS)' > $@
 
 $(STAMPS)/sources: FORCE | $(STAMPS)/venv
 	@find $(SOURCES) -type f -not -path '*/__pycache__/*' -not -name '.*' -print0 | sort -z | xargs -0 sha256sum > $@.new
@@ -59,13 +61,17 @@ $(STAMPS)/wheel: $(STAMPS)/sources $(STAMPS)/build
 	$(PIP) wheel . -v --no-deps --no-build-isolation -w build/wheel
 	@touch $@
 
-$(STAMPS)/installed: $(STAMPS)/wheel $(STAMPS)/torch
+$(STAMPS)/installed: $(STAMPS)/wheel
 	$(PIP) install --no-deps --force-reinstall $(WHEEL)
-	$(PIP) install -c constraints.txt "$(WHEEL)[torch]"
+	$(PIP) install -c constraints.txt $(WHEEL)
 	@touch $@
 
-$(STAMPS)/test: $(STAMPS)/installed
+$(STAMPS)/test: $(STAMPS)/installed $(STAMPS)/torch
 	$(PIP) install -c constraints.txt "$(WHEEL)[test]"
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/test
+	$(PIP) install -c constraints.txt "$(WHEEL)[bench]"
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/test
@@ -86,12 +92,12 @@ test-all: $(STAMPS)/test
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/*
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/*
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 types: $(STAMPS)/dev
 	$(BIN)/mypy
@@ -100,11 +106,19 @@ types: $(STAMPS)/dev
 imports: $(STAMPS)/test
 	$(BIN)/lint-imports
 
-bench: $(STAMPS)/test
+bench: $(STAMPS)/bench
 	$(BIN)/pytest benchmarks $(ARGS)
 
-# The README's example output, picture and speed table, measured anew.
-readme: $(STAMPS)/test
+# Ratios and times that must not get worse: benchmarks/gates.json.
+gate: $(STAMPS)/test
+	$(BIN)/python -m benchmarks.gate $(ARGS)
+
+# The native engine beside other runtimes, measured anew, ten minutes on an idle machine; `make readme` words it.
+compare: $(STAMPS)/bench
+	$(BIN)/python -m benchmarks.bench_cpu --json benchmarks/results/cpu.json
+
+# The README's example output, picture, charts and tables of speed; that of the stream measured anew.
+readme: $(STAMPS)/bench
 	$(BIN)/pytest benchmarks/bench_stream.py --benchmark-json build/bench.json
 	$(BIN)/python tools/readme.py --bench build/bench.json
 

@@ -227,17 +227,19 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Say what is installed, which engine would run, and why the others would not."""
+    """Say what is installed, which engine would run, why the others would not, and how fast a stream is here."""
 
     model: str = "tiny"
     """The model that the engines are asked about."""
+    probe: bool = True
+    """Stream for half a second to measure the speed."""
     json: bool = False
     """Print it as JSON."""
 
     def run(self) -> None:
         from .doctor import as_text, examine
 
-        report = examine(self.model)
+        report = examine(self.model, probe=self.probe)
         print(json.dumps(report, indent=2) if self.json else as_text(report))
 
 

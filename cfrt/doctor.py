@@ -1,4 +1,4 @@
-"""What this installation can do: packages, models, engines and why some would not run."""
+"""What this installation can do: packages, models, engines and why some would not run, and how fast a stream is."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import struct
 from importlib import metadata
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from . import __version__, students
@@ -15,11 +16,14 @@ from .errors import CfrtError
 from .weights import WEIGHTS_FILE
 
 PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "tensorrt-rtx")
-VARIABLES = ("CFRT_ENGINE", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("CFRT_ENGINE", "CFRT_ISA", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+PROBED = 0.5
+"""Seconds of streaming that a probe measures."""
 
 
-def examine(model: str = "tiny") -> dict[str, Any]:
-    """Everything worth knowing in a bug report, as plain data."""
+def examine(model: str = "tiny", *, probe: bool = True) -> dict[str, Any]:
+    """Everything worth knowing in a bug report, as plain data. probe: stream for half a second, to say how fast."""
     return {
         "cfrt": __version__,
         "python": platform.python_version(),
@@ -28,7 +32,10 @@ def examine(model: str = "tiny") -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "models": models()["embedded"],
+        "processor": _processor(),
         "engines": _engines(model),
+        "speed": _speed(model) if probe else None,
+        "cuda": _cuda(),
     }
 
 
@@ -51,6 +58,8 @@ def as_text(report: dict[str, Any]) -> str:
         *(_model_line(model) for model in report["models"]),
         "",
     ]
+    lines.append(f"processor  {_processor_line(report['processor'])}")
+    lines.append(f"kernels    {_cuda_line(report['cuda'])}")
     engines = report["engines"]
     if "error" in engines:
         return "\n".join([*lines, f"engines    cannot be asked: {engines['error']}"])
@@ -58,6 +67,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"engine     {name}: {'runs' if reason is None else f'would not run: {reason}'}")
     chosen = engines["chosen"]
     lines.append(f"engine     auto would choose {chosen}" if chosen else f"engine     none can run {engines['model']}")
+    if report["speed"] is not None:
+        lines.append(f"speed      {_speed_line(report['speed'])}")
     return "\n".join(lines)
 
 
@@ -80,6 +91,70 @@ def _engines(model: str) -> dict[str, Any]:
     except CfrtError:
         chosen = None
     return {"model": model, "refusals": refusals, "chosen": chosen}
+
+
+def _processor() -> dict[str, Any]:
+    """What the native engine finds, and whether CFRT_ISA has forced its level."""
+    try:
+        from .engines.native import processor
+
+        return processor() | {"forced": "CFRT_ISA" in os.environ}
+    except (CfrtError, ImportError) as error:
+        return {"error": str(error)}
+
+
+def _processor_line(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"unknown: {found['error']}"
+    level = f"{found['isa']}, forced by CFRT_ISA" if found["forced"] else found["isa"]
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    return f"{level} (it has {', '.join(found['levels'])}); by default {found['precision']} and {threads}"
+
+
+def _speed(model: str) -> dict[str, Any]:
+    """Frames a second of a stream with the engine's own choices, without a beat; the start is left out."""
+    from .stream import Stream
+
+    try:
+        config = ModelConfig.load(students.find(model) / students.CONFIG)
+        with Stream(next(iter(config.text.vocab), model), model=model, fps="max") as stream:
+            frames = stream.frames()
+            for _ in range(config.first_frame(2)):
+                next(frames)
+            begin, count = perf_counter(), 0
+            while (elapsed := perf_counter() - begin) < PROBED:
+                count += next(frames) is not None
+            return {
+                "engine": stream.engine,
+                "precision": stream.precision,
+                "fps": count / elapsed,
+                "latency_p50": stream.stats.latency.p50,
+                "needed": config.fps,
+            }
+    except CfrtError as error:
+        return {"error": str(error)}
+
+
+def _speed_line(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"not measured: {found['error']}"
+    return (
+        f"{found['fps']:.0f} fps by {found['engine']} in {found['precision']}, decoding included, where "
+        f"{found['needed']:g} are needed; latency p50 {1000 * found['latency_p50']:.1f} ms (half a second measured)"
+    )
+
+
+def _cuda() -> dict[str, Any] | None:
+    from .engines import cuda_build
+
+    return cuda_build()
+
+
+def _cuda_line(cuda: dict[str, Any] | None) -> str:
+    if cuda is None:
+        return "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too"
+    archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
+    return f"CUDA {cuda['version']} for {archs}; wants NVIDIA driver {cuda['driver']} or newer"
 
 
 def _describe(name: str, folder: Path) -> dict[str, Any]:

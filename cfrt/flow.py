@@ -83,7 +83,7 @@ def euler(x: Array, v: Array, s: Array, s_next: Array) -> Array:
     return x + (s_next - s) * v
 
 
-def guide(v_cond: Array, v_null: Array, scale: float) -> Array:
+def guide(v_cond: Array, v_null: Array, scale: Array) -> Array:
     """Classifier-free guidance in its usual form: v_null + scale (v_cond - v_null); scale 1 is no guidance."""
     return v_null + scale * (v_cond - v_null)
 

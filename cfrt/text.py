@@ -216,7 +216,7 @@ class UMT5Text:
         what = " and ".join(" or ".join(place.removesuffix("config.json") for place in places) for places in absent)
         return (
             f"the text encoder is not here: expected {what} (of {' or '.join(RELEASES)} on the Hugging Face Hub) in "
-            f"one of {', '.join(map(str, self._folders))}"
+            f"one of {', '.join(map(str, self._folders))}; `cfrt pull` fetches it with any released model"
         )
 
 

@@ -2,6 +2,7 @@
 #   CFRT_CUDA = AUTO  nvcc on PATH, in $CUDACXX or under /usr/local/cuda: build; else a CPU-only module, said clearly
 #   CFRT_CUDA = ON    as AUTO, or NVIDIA's wheels in the build environment; else an error
 #   CFRT_CUDA = OFF   never
+# CFRT_CUDA_ARCHS in the environment, "89" or "80,89", builds for those alone: a release is for all of them.
 # Only the static CUDA runtime is linked, so the module imports where there is no driver.
 
 set(CFRT_CUDA_FOUND OFF)
@@ -25,16 +26,25 @@ function(cfrt_use_nvcc_of_wheels)
   endif()
 endfunction()
 
-# The architectures we ship, less those this nvcc does not know; machine code for each, and PTX for what comes later.
+# The architectures we ship, or those asked for, less those this nvcc does not know; machine code for each, and PTX for
+# what comes later.
 function(cfrt_cuda_architectures)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
   set(archs 80 86 89 90 100 120)
+  if(DEFINED ENV{CFRT_CUDA_ARCHS})
+    string(REPLACE "," ";" archs "$ENV{CFRT_CUDA_ARCHS}")
+    list(SORT archs COMPARE NATURAL)
+  endif()
   foreach(arch IN LISTS archs)
     if(NOT known MATCHES "compute_${arch}\n")
       message(STATUS "cfrt: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know sm_${arch}; left out")
       list(REMOVE_ITEM archs ${arch})
     endif()
   endforeach()
+  if(NOT archs)
+    message(FATAL_ERROR "expected CFRT_CUDA_ARCHS to name architectures of nvcc ${CMAKE_CUDA_COMPILER_VERSION}, as in "
+                        "\"89\" or \"80,89\", got \"$ENV{CFRT_CUDA_ARCHS}\"")
+  endif()
   list(TRANSFORM archs APPEND "-real" OUTPUT_VARIABLE cmake_archs)
   list(GET archs -1 newest)
   set(CMAKE_CUDA_ARCHITECTURES "${cmake_archs};${newest}-virtual" PARENT_SCOPE)

@@ -138,5 +138,6 @@ PYBIND11_MODULE(_cfrt, m) {
     bind_plan(m);
     bind_noise(m);
     cfrt::bind_kernels(m);
+    cfrt::bind_cuda(m);
     cfrt::bind_engine(m);
 }

@@ -189,7 +189,26 @@ void bind_kernels(py::module_& parent) {
         "The level of that name, of CFRT_ISA, or the best; ValueError where the CPU lacks it.");
     py::class_<Threads>(m, "Threads", "A thread pool; the caller is one of the threads.")
         .def(py::init<int>(), "count"_a)
-        .def_property_readonly("count", &Threads::count);
+        .def_property_readonly("count", &Threads::count)
+        .def(
+            "fork_join",
+            [](Threads& threads, std::int64_t rounds) {
+                py::gil_scoped_release release;
+                for (std::int64_t round = 0; round < rounds; ++round) threads.run([](int) {});
+            },
+            "rounds"_a, "Empty calls, one after the other: what a call costs.");
+    m.def(
+        "ceiling",
+        [](const std::string& precision, std::int64_t rounds, const std::optional<std::string>& isa) {
+            check(rounds >= 1, "expected rounds >= 1, got ", rounds);
+            const Kernels& k = cfrt::kernels(find_isa(isa));
+            const CeilingKernel& ceiling = k.ceilings[static_cast<int>(find_precision(precision))];
+            py::gil_scoped_release release;
+            ceiling.run(rounds);
+            return ceiling.operations * rounds;
+        },
+        "precision"_a, "rounds"_a, py::kw_only(), "isa"_a = py::none(),
+        "Multiply-adds on registers alone; gives how many operations that were, two each.");
     py::class_<BoundWeights>(m, "Weights", "w [N, K] packed for a level and a precision.")
         .def(py::init(&BoundWeights::make), "w"_a, "precision"_a, py::kw_only(), "isa"_a = py::none(),
              "threads"_a = py::none())

@@ -4,6 +4,9 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed cfrt is what is tested
 
 # Before anything imports numpy or torch, here or in a child process: results at a fixed thread count are comparable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -73,3 +76,24 @@ def _random_state() -> Iterator[None]:
     np.random.set_state(numpy)
     if of_torch is not None:
         torch.set_rng_state(of_torch)
+
+
+@pytest.fixture(scope="session")
+def cxx() -> str:
+    """The C++ compiler that ptxsim's engine is built with; the test is skipped where there is none."""
+    return _tool("cxx")
+
+
+@pytest.fixture(scope="session")
+def nvcc(cxx: str) -> str:
+    """The CUDA compiler whose PTX ptxsim runs."""
+    return _tool("nvcc")
+
+
+def _tool(name: str) -> str:
+    from ptxsim import compiler
+
+    try:
+        return getattr(compiler, name)()
+    except compiler.MissingTool as missing:
+        pytest.skip(str(missing))

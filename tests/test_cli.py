@@ -335,6 +335,16 @@ def test_doctor(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert report["cfrt"] == cfrt.__version__
     assert report["engines"] == {"model": str(student), "refusals": {"native": None, "torch": None}, "chosen": "native"}
     assert report["packages"]["numpy"] == np.__version__
+    assert report["processor"]["isa"] in report["processor"]["levels"]
+    assert report["processor"]["precision"] in ("bf16", "fp32")
+    assert report["processor"]["threads"] >= 1
+    assert report["speed"]["engine"] == "native"
+    assert report["speed"]["fps"] > 0
+    assert report["cuda"] is None or report["cuda"]["driver"] >= 525
+    assert main(["doctor", "--model", str(student)]) == 0
+    out = capsys.readouterr().out
+    assert ("CPU only; CFRT_CUDA=ON pip install" in out) == (report["cuda"] is None)
+    assert ("wants NVIDIA driver" in out) == (report["cuda"] is not None)
     monkeypatch.setattr("cfrt.engines.find_spec", lambda name: None)
     assert main(["doctor", "--model", str(student)]) == 0
     out = capsys.readouterr().out
@@ -343,6 +353,29 @@ def test_doctor(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "none can run" in out
     assert main(["doctor", "--model", "nothing"]) == 0
     assert "cannot be asked: there is no model 'nothing'" in capsys.readouterr().out
+
+
+def test_doctor_without_a_probe_streams_nothing(
+    student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cfrt.stream.Stream", None)
+    assert main(["doctor", "--model", str(student), "--no-probe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["speed"] is None
+    assert main(["doctor", "--model", str(student), "--no-probe"]) == 0
+    assert "speed" not in capsys.readouterr().out
+
+
+def test_doctor_says_which_instructions_are_forced(
+    student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CFRT_ISA", "plain")
+    assert main(["doctor", "--model", str(student)]) == 0
+    out = capsys.readouterr().out
+    assert "plain, forced by CFRT_ISA (it has plain" in out
+    assert "by default fp32" in out
+    monkeypatch.setenv("CFRT_ISA", "mmx")
+    assert main(["doctor", "--model", str(student)]) == 0
+    assert "expected the environment variable CFRT_ISA to be one of plain" in capsys.readouterr().out
 
 
 def test_models(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import threading
 from functools import partial
 
 import pytest
+from test_convert import CONFIG, CausalDiT
 
 from cfrt import cli, hub, students
 from cfrt.errors import WeightsError
@@ -185,7 +186,6 @@ def test_pull_makes_a_model(tmp_path, monkeypatch, capsys):
 
     from cfrt import convert
     from cfrt.config import PRESETS
-    from tests.test_convert import CONFIG, CausalDiT
 
     monkeypatch.setitem(PRESETS, MODEL, CONFIG)
     torch.manual_seed(0)

@@ -84,10 +84,11 @@ class Case:
         return formula(q, k, v, q_sink, self.sinks).double()
 
     def check(self, out: np.ndarray) -> None:
-        """At most twice the error of PyTorch's plain formula in the same dtype, or its last bit of the values."""
+        """At most twice the error of PyTorch's plain formula in the same dtype, or two last bits of the values: the
+        level without a fused multiply-add rounds twice where PyTorch rounds once."""
         exact = self.plain(torch.float64)
         eager = (self.plain(DTYPES[self.precision]) - exact).abs().max().item()
-        last_bit = 2.0**-23 * float(np.abs(self.v).max())
+        last_bit = 2.0**-22 * float(np.abs(self.v).max())
         assert (torch.from_numpy(out).double() - exact).abs().max().item() <= 2 * max(eager, last_bit)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import _cfrt
+from cfrt.nn.attention import attention, cuda_refusal
 
 pytestmark = pytest.mark.gpu
 
@@ -39,3 +40,36 @@ def test_more_elements_than_a_counter_has_is_an_error() -> None:
     x = torch.zeros(4, device="cuda")
     with pytest.raises(RuntimeError, match="CUDA refused to re-noise"):
         _cfrt.renoise_cuda(x.data_ptr(), x.data_ptr(), 2**35, "float32", S, _cfrt.Noise(*KEY))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("ranges", [[(0, 700)], [(650, 700), (0, 333), (400, 401)]], ids=["whole", "ranges"])
+def test_attention_is_the_formula(dim: int, ranges: list[tuple[int, int]]) -> None:
+    """At most twice the error of PyTorch's plain formula in bf16; sinks end within a range; compiled as one node."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    q, q_sink, k, v = (torch.randn(2, n, 3, dim, generator=generator).bfloat16() for n in (300, 300, 700, 700))
+    how = {"ranges": ranges, "sink_tokens": 70}
+    exact = attention(q.double(), k.double(), v.double(), q_sink=q_sink.double(), **how)
+    eager = attention(q, k, v, q_sink=q_sink, backend="sdpa", **how)
+    q, q_sink, k, v = (x.cuda() for x in (q, q_sink, k, v))
+    assert cuda_refusal(q.device, q.dtype, dim) is None
+    out = attention(q, k, v, q_sink=q_sink, backend="cuda", **how)
+    assert (out.cpu() - exact).abs().max() <= 2 * (eager - exact).abs().max()
+    compiled = torch.compile(attention, fullgraph=True)(q, k, v, q_sink=q_sink, backend="cuda", **how)
+    assert (compiled == out).all()
+
+
+def test_attention_goes_into_a_graph() -> None:
+    """Nothing is waited for: a captured call computes what the call does, from the inputs of the moment."""
+    import torch
+
+    q, k, v = (torch.randn(1, n, 2, 128, device="cuda").bfloat16() for n in (200, 320, 320))
+    attention(q, k, v, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(q, k, v, backend="cuda")
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert (out == attention(q, k, v, backend="cuda")).all()

@@ -114,4 +114,4 @@ def test_build_info() -> None:
     info = _cfrt.build_info()
     assert set(info) == {"compiler", "isa", "cuda"}
     assert any(character.isdigit() for character in info["compiler"])
-    assert info["cuda"] is None or {80, 86, 89, 90} <= set(info["cuda"]["archs"])
+    assert info["cuda"] is None or (info["cuda"]["version"] and info["cuda"]["archs"])

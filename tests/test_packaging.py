@@ -1,5 +1,6 @@
 """The wheel: what is in it, and that it works from any folder of a machine that has never seen the checkout."""
 
+import json
 import os
 import re
 import shutil
@@ -9,9 +10,12 @@ import sysconfig
 import venv
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import _cfrt
 
@@ -48,6 +52,31 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel and what its metadata asks for without extras, and nothing else: no torch."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    pip("--python", str(folder / "bin" / "python"), "install", "--no-deps", "--no-index", str(wheel))
+    for name in needed("cfrt") - {"cfrt"}:
+        for entry in {Path(str(file)).parts[0] for file in metadata.distribution(name).files or ()} - {".."}:
+            if not (site / entry).exists():
+                (site / entry).symlink_to(metadata.distribution(name).locate_file(entry))
+    return folder
+
+
+def needed(name: str) -> set[str]:
+    """A distribution and all that it depends on here, without extras."""
+    found, waiting = set(), {canonicalize_name(name)}
+    while waiting:
+        found.add(current := waiting.pop())
+        required = [Requirement(text) for text in metadata.requires(current) or ()]
+        asked = {canonicalize_name(r.name) for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
+        waiting |= asked - found
+    return found
+
+
 def run(environment: Path, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     program = str(environment / "bin" / command[0])
     return subprocess.run([program, *command[1:]], cwd=cwd, capture_output=True, text=True)
@@ -81,6 +110,21 @@ def test_commands_run_from_any_folder(elsewhere: Path, tmp_path: Path, command: 
     assert "usage:" in done.stdout
 
 
+def test_the_plain_install_streams(bare: Path, tmp_path: Path) -> None:
+    """`pip install cfrt`, no extra: the embedded student runs in C++."""
+    missing = run(bare, "python", "-c", "import torch", cwd=tmp_path)
+    assert "No module named 'torch'" in missing.stderr
+    made = run(bare, "cfrt", "generate", "a red circle moving left", "--seconds", "1", "-o", "a.mp4", cwd=tmp_path)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "a.mp4: 16 frames by tiny (native, " in made.stdout
+    assert (tmp_path / "a.mp4").stat().st_size > 0
+    doctor = run(bare, "cfrt", "doctor", "--json", cwd=tmp_path)
+    assert doctor.returncode == 0, doctor.stderr
+    engines = json.loads(doctor.stdout)["engines"]
+    assert engines["chosen"] == "native"
+    assert "torch is not installed" in engines["refusals"]["torch"]
+
+
 @pytest.mark.parametrize("module", ["trt", "onnx"])
 def test_an_export_that_cannot_be_done_says_so(elsewhere: Path, tmp_path: Path, module: str) -> None:
     command = ("python", "-m", f"export.{module}", "--weights", "student.pt", "--out", "bundle", "--model")
@@ -97,13 +141,13 @@ def test_an_export_that_cannot_be_done_says_so(elsewhere: Path, tmp_path: Path, 
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
+        about = Parser().parsestr(archive.read(next(n for n in names if n.endswith("METADATA"))).decode())
     extension = f"_cfrt{sysconfig.get_config_var('EXT_SUFFIX')}"
-    info = f"cfrt-{metadata['Version']}.dist-info"
+    info = f"cfrt-{about['Version']}.dist-info"
     assert {name.split("/")[0] for name in names} == {"cfrt", "training", "export", "_cfrt-stubs", extension, info}
     assert {"cfrt/py.typed", "_cfrt-stubs/__init__.pyi", f"{info}/licenses/LICENSE"} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".cpp", ".cu", ".o"))]
-    assert (metadata["Name"], metadata["License-Expression"]) == ("cfrt", "Apache-2.0")
+    assert (about["Name"], about["License-Expression"]) == ("cfrt", "Apache-2.0")
     assert wheel.stat().st_size < 30 * MEGABYTE
 
 
@@ -117,20 +161,18 @@ def test_the_student_is_in_the_wheel(wheel: Path) -> None:
 
 def test_core_dependencies_are_few_and_bring_no_framework(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
-    required = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+        about = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+    required = [line.split(": ")[1] for line in about.splitlines() if line.startswith("Requires-Dist: ")]
     core = {requirement.split(">")[0] for requirement in required if "extra ==" not in requirement}
     assert core == {"av", "numpy", "safetensors", "tqdm", "tyro"}
-    extras = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Provides-Extra: ")}
-    assert extras == {"torch", "train", "export", "trt", "wan", "serve", "ray", "flash", "test", "dev"}
+    extras = {line.split(": ")[1] for line in about.splitlines() if line.startswith("Provides-Extra: ")}
+    assert extras == {"torch", "train", "export", "trt", "wan", "serve", "ray", "flash", "bench", "test", "dev"}
 
 
 def test_version_has_one_home() -> None:
-    from importlib.metadata import version
-
     import cfrt
 
-    assert version("cfrt") == cfrt.__version__
+    assert metadata.version("cfrt") == cfrt.__version__
     literal = f'"{cfrt.__version__}"'
     texts = [p for p in (ROOT / "cfrt").rglob("*.py") if literal in p.read_text()] + [
         ROOT / name for name in ("pyproject.toml", "CMakeLists.txt") if literal in (ROOT / name).read_text()
@@ -144,7 +186,8 @@ def test_cuda_code_for_every_architecture_or_none() -> None:
     if cuda is None:
         assert b".nv_fatbin" not in extension.read_bytes()
         return
-    assert {80, 86, 89, 90} <= set(cuda["archs"])
+    asked = os.environ.get("CFRT_CUDA_ARCHS", "80,86,89,90")
+    assert {int(arch) for arch in asked.split(",")} <= set(cuda["archs"])
     assert architectures("elf", extension) == {f"sm_{arch}" for arch in cuda["archs"]}
     assert architectures("ptx", extension) == {f"sm_{max(cuda['archs'])}"}
 

@@ -368,13 +368,13 @@ def test_nothing_usable_is_a_failure(student: Path, tmp_path: Path, capsys: pyte
     assert table(tmp_path / "out/rejected.csv").keys() == {"short.mp4"}
 
 
-def test_an_autoencoder_that_this_build_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     film(tmp_path / "clips/x.mp4", 30)
     config = small_config()
-    foreign = replace(config, autoencoder=replace(config.autoencoder, kind="wan"))
+    foreign = replace(config, autoencoder=replace(config.autoencoder, kind="taehv"))
     save_model(tmp_path / "model", foreign, random_weights(config))
     for model, message in (
-        (tmp_path / "model", "'small' has a 'wan' autoencoder"),
+        (tmp_path / "model", "'small' decodes through TAEHV, which cannot encode"),
         ("wan-14b", "'wan-14b' is a preset"),
     ):
         with pytest.raises(SystemExit):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from cfrt import flow
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
-from training import bidirectional, cd, chain, data, dmd, loop, recipes, rollout, teacher
-from training.network import Network, broadcast, guided
+from training import bidirectional, cd, chain, data, decoder, dmd, loop, recipes, rollout, teacher
+from training.network import Network, broadcast, guided, resampled
 
 pytestmark = pytest.mark.cpu
 
@@ -98,6 +99,41 @@ def test_dmd_moves_the_student_and_not_the_real_score(recipe: recipes.Recipe) ->
     _losses(stage, 2)
     assert all(torch.equal(v, stage.real.state_dict()[k]) for k, v in real.items())
     assert any(not torch.equal(v, stage.student.state_dict()[k]) for k, v in before.items())
+
+
+def test_a_resampled_past_is_the_networks_guess_in_a_share_of_the_clips(
+    recipe: recipes.Recipe, clips: data.Clips
+) -> None:
+    """Up to noise level 0 a guess is the clip itself; above, it is x - s v given the clean past; captions stay."""
+    torch.manual_seed(0)
+    network = Network(recipe.model)
+    nn.init.normal_(network.dit.head.head.weight, std=0.05)
+    batch, shift = clips.batch(0, 4), recipe.model.shift
+    assert resampled(network, batch, 0.0, 0.7, shift, torch.Generator().manual_seed(1)) is batch
+    same = resampled(network, batch, 1.0, 0.0, shift, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(same.latents, batch.latents)
+    half = resampled(network, batch, 0.5, 0.7, shift, torch.Generator().manual_seed(1))
+    assert torch.equal(half.latents[2:], batch.latents[2:])
+    assert torch.equal(half.captions, batch.captions)
+    generator = torch.Generator().manual_seed(1)
+    s = flow.warp(flow.unwarp(0.7, shift) * torch.rand(2, 1, generator=generator), shift).expand(2, DATA.units)
+    own = batch.first(2)
+    x = flow.add_noise(own.latents, torch.randn(own.latents.shape, generator=generator), broadcast(s))
+    torch.testing.assert_close(half.latents[:2], x - broadcast(s) * network.teacher_forced(x, s, own))
+
+
+def test_the_decoder_is_trained_and_the_encoder_stays(recipe: recipes.Recipe) -> None:
+    torch.manual_seed(0)
+    start, guesser = Autoencoder(recipe.model.autoencoder), Network(recipe.model)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    stage = decoder.Stage(decoder.Config(steps=40, batch=2, units=3), recipe.model, DATA, start, guesser)
+    first, optimisers = stage.loss(loop.micro_batch(0, 0, 1000))[1]["loss"], stage.optimisers()
+    for index in range(40):
+        loop.take(stage, optimisers, index, seed=0)
+    assert stage.loss(loop.micro_batch(0, 0, 1000))[1]["loss"] < 0.95 * first
+    moved = {name for name, value in stage.student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("decoder.") for name in moved)
 
 
 def test_guidance_of_one_is_the_plain_velocity(recipe: recipes.Recipe, clips: data.Clips) -> None:

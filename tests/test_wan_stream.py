@@ -17,6 +17,7 @@ import cfrt
 from cfrt import flow, noise
 from cfrt.cli import main
 from cfrt.config import PRESETS, ModelConfig
+from cfrt.convert import plan
 from cfrt.errors import EngineError, PromptError, VideoError, WeightsError
 from cfrt.nn.codec import codec, tiny_decoder
 from cfrt.nn.dit import CausalDiT
@@ -24,6 +25,7 @@ from cfrt.nn.tiles import Tiling
 from cfrt.text import encoder
 from cfrt.video import read_film, write
 from cfrt.weights import load_model, part, save_model
+from training.encoding import ModelTools, encode
 
 pytestmark = pytest.mark.cpu
 
@@ -299,6 +301,44 @@ def test_a_snapshot_of_another_decoder_is_refused(
     saved = stream(folder(), tile=2).snapshot()
     with pytest.raises(EngineError, match=r"\(decoder, tile\) = \('wan', None\), got \('wan', 2\)"):
         stream(folder()).restore(saved)
+
+
+# ---------------------------------------------------------------------- from released files
+
+
+def test_released_files_stream_after_conversion(
+    folder: Callable[..., Path], stream: Callable[..., cfrt.Stream], tmp_path: Path
+) -> None:
+    """An official checkpoint with its wrappers' names, Wan2.1_VAE.pth and taew2_1.pth become one folder, whose frames
+    are those of the same weights under our names."""
+    model = folder(taehv=True, **GEOMETRIES[1])
+    config, weights = load_model(model)
+    generator = {f"model._fsdp_wrapped_module.{name}": torch.tensor(x) for name, x in part(weights, "dit").items()}
+    torch.save({"generator_ema": generator}, tmp_path / "released.pt")
+    for prefix, name in (("autoencoder", "Wan2.1_VAE.pth"), ("taehv", "taew2_1.pth")):
+        torch.save({key: torch.tensor(x) for key, x in part(weights, prefix).items()}, tmp_path / name)
+    released = torch.load(tmp_path / "taew2_1.pth", weights_only=True) | {"encoder.0.bias": torch.ones(3)}
+    torch.save(released, tmp_path / "taew2_1.pth")
+    plan(
+        tmp_path / "released.pt",
+        model=config,
+        autoencoder=tmp_path / "Wan2.1_VAE.pth",
+        taehv=tmp_path / "taew2_1.pth",
+    ).run(tmp_path / "model")
+    for decoder in (None, "taehv"):
+        expected = pixels(stream(model, decoder=decoder, precision="fp32").frames(12))
+        got = pixels(stream(tmp_path / "model", text=model, decoder=decoder, precision="fp32").frames(12))
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_videos_are_encoded_for_training(folder: Callable[..., Path]) -> None:
+    """`training.prepare` has the same autoencoder and the same text encoder."""
+    model, clip = folder(), film(9)
+    offline = Offline(model, torch.float32)
+    tools = ModelTools(model, offline.config.text)
+    expected = offline.encode(clip)[0].half().numpy()
+    np.testing.assert_allclose(encode(tools.codec, clip), expected, rtol=0, atol=2e-3)
+    np.testing.assert_array_equal(tools.wording.encode(FOX), offline.text.encode(FOX).rows)
 
 
 # ---------------------------------------------------------------------- manners

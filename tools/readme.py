@@ -1,4 +1,4 @@
-"""Fill README.md from runs: what its example prints, a picture the student makes, and a table of measured speed.
+"""Fill README.md from runs: what its example prints, a picture the student makes, and tables of measured speed.
 
     python tools/readme.py --bench build/bench.json     keep that run of `pytest benchmarks` and word it
     python tools/readme.py                              example and picture anew, speed from the kept run
@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import cpu_speed
 
 from cfrt.config import ModelConfig
 
@@ -74,15 +76,27 @@ def speed() -> str:
     lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
     lines += [_line(row) for row in kept["rows"] if "fps" in row]
     others = [row for row in kept["rows"] if str(row.get("what", "")).startswith(("first frame", "change"))]
-    medians = "; ".join(f"{row['what']} {1000 * row['median (s)']:.0f} ms" for row in others)
+    medians = "; ".join(f"{row['what']} {1000 * row['median (s)']:.0f} ms{_memory(row)}" for row in others)
+    flat = "".join(_flat(row) for row in kept["rows"] if "drift (%)" in row)
     where, model = kept["machine"], ModelConfig.load(STUDENT)
     height, width = model.frame_size
     note = (
         f"Measured on {kept['date']}: {where['cpu']}, {where['cores']} cores; {height} x {width} pixels, window "
         f"{model.window}, {len(model.unit_steps(1))} steps a unit of {model.unit_frames(1)} frames "
-        f"({len(model.unit_steps(0))} for the first). Medians: {medians}. `make readme` measures again."
+        f"({len(model.unit_steps(0))} for the first). Medians: {medians}.{flat} `make readme` measures again."
     )
     return "\n".join([*lines, "", note])
+
+
+def _memory(row: dict[str, Any]) -> str:
+    return f" (peak memory {row['peak memory (MB)']:.0f} MB)" if "peak memory (MB)" in row else ""
+
+
+def _flat(row: dict[str, Any]) -> str:
+    return (
+        f" {row['what']}: unit time drifts by {row['drift (%)']:+.1f} +- {row['of which noise may be (%)']:.1f} % from "
+        f"first to last, memory by {row['growth (MB)']:+.1f} MB."
+    )
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -98,7 +112,8 @@ def main() -> None:
         keep(arguments.bench)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, body in (("output", example(text)), ("picture", picture()), ("speed", speed())):
+    sections = {"output": example(text), "picture": picture(), "speed": speed(), "cpu": cpu_speed.write()}
+    for name, body in sections.items():
         text = fill(text, name, body)
     readme.write_text(text, encoding="utf-8")
 

@@ -62,11 +62,8 @@ class Stage:
             latents = self._standardise(self.student.encode_raw(video).float())
             latents = latents + config.latent_noise * torch.randn(latents.shape, generator=generator).to(device)
             decoded, _ = self.student.decode(latents)
-        error = decoded.float() - video
-        motion = error[:, 1:] - error[:, :-1]
         weight = 1 + (config.object_weight - 1) * weight
-        loss = (weight * (0.3 * error.abs() + 3 * error.square())).mean()
-        loss = loss + config.motion_weight * (weight[:, 1:] * (0.1 * motion.abs() + motion.square())).mean()
+        loss, error = pixel_loss(decoded.float(), video, weight, config.motion_weight)
         return loss, {"loss": loss.item(), "psnr": -10 * error.detach().square().mean().log10().item()}
 
     def _standardise(self, raw: Tensor) -> Tensor:
@@ -86,7 +83,22 @@ def batch(clips: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     switch = torch.randint(-worlds.FADE, frames, (clips,), generator=generator)
     switch = torch.where(torch.rand(clips, generator=generator) < 1 / 3, switch, frames)
     scene = worlds.simulate(before, generator, frames, after=after, switch=switch, calm=1)
-    around = worlds.coverage(
-        scene.position.flatten(0, 1), torch.full((clips * frames,), 14.0), torch.zeros(clips * frames, dtype=torch.long)
+    return worlds.render(scene), around(scene)
+
+
+def around(scene: worlds.Scene) -> Tensor:
+    """Where the object is, with some room: [B, T, 1, H, W]."""
+    clips, frames = scene.position.shape[:2]
+    count = clips * frames
+    disc = worlds.coverage(
+        scene.position.flatten(0, 1), torch.full((count,), 14.0), torch.zeros(count, dtype=torch.long)
     )
-    return worlds.render(scene), around.view(clips, frames, 1, worlds.SIDE, worlds.SIDE)
+    return disc.view(clips, frames, 1, worlds.SIDE, worlds.SIDE)
+
+
+def pixel_loss(decoded: Tensor, video: Tensor, weight: Tensor, motion_weight: float) -> tuple[Tensor, Tensor]:
+    """The weighted loss of frames and of the change between them; and the error, all [B, T, 3, H, W] but the loss."""
+    error = decoded - video
+    motion = error[:, 1:] - error[:, :-1]
+    loss = (weight * (0.3 * error.abs() + 3 * error.square())).mean()
+    return loss + motion_weight * (weight[:, 1:] * (0.1 * motion.abs() + motion.square())).mean(), error

@@ -32,7 +32,7 @@ COLUMNS = {
     "real": "real clips",
     "reconstruction": "through the autoencoder",
     "teacher": "AR teacher, {teacher_steps} guided steps",
-    "cd": "after consistency distillation alone, {steps} steps",
+    "cd_long": "after consistency distillation alone, {steps} steps",
     "dmd": "after DMD, {steps} steps",
     "student": "**student, {steps} steps**",
 }
@@ -64,10 +64,10 @@ def collect(recipe: Recipe, out: Path) -> Results:
     """Everything that the card says: rows of numbers, what each stage took, the machine, the whole recipe."""
     from training import chain  # it imports the recipes, and they this package's evaluation
 
-    autoencoder, model = chain.trained_autoencoder(recipe, out), recipe.model
-    teacher = chain.trained_network(recipe, out, "teacher").eval().requires_grad_(False)
+    autoencoder, model = chain.shown(recipe, out), recipe.model
+    teacher = chain.trained_network(recipe, out, "teacher_long").eval().requires_grad_(False)
     samplers = {"teacher": sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)}
-    for stage in ("cd", "dmd"):
+    for stage in ("cd_long", "dmd"):
         student = chain.trained_network(recipe, out, stage).eval().requires_grad_(False)
         samplers["student" if stage == recipe.ships else stage] = sources.student(student, model)
     began = time.monotonic()
@@ -131,7 +131,8 @@ def card(results: Results) -> str:
     """The model card, Markdown with the front matter that model hubs read."""
     model, rows = results["config"]["model"], results["rows"]
     titles = {name: titles_of(results)[name] for name in rows}
-    trained_seconds = (1 + 4 * (model["trained_frames"] - 1)) / model["fps"]
+    units = results["config"]["long"]["units"]
+    trained_seconds = (1 + 4 * (units - 1)) / model["fps"]
     sections = [
         front_matter(results),
         f"# cfrt {results['recipe']}\n\n" + _opening(model),
@@ -139,7 +140,7 @@ def card(results: Results) -> str:
         "## Measured\n\n" + _preface(results) + "\n\n" + main_table(rows, titles, [line.key for line in LINES]),
         "What each line means:\n\n" + "\n".join(f"* *{line.title}*: {line.meaning}." for line in LINES),
         f"## Drift\n\nThe same read on stretches of clips of {rows['real']['drift'][-1]['seconds'][1]} seconds "
-        f"(n = {results['config']['evaluate']['long']} each; trained on {model['trained_frames']} latent frames, "
+        f"(n = {results['config']['evaluate']['long']} each; trained on {units} latent frames, "
         f"{trained_seconds:.1f} s).\n\n" + drift_table(rows, titles),
         "## Training\n\n" + training(results),
         "## Data\n\n" + _data(results),
@@ -231,12 +232,13 @@ def clock(seconds: float) -> str:
 
 
 def _data(results: Results) -> str:
-    settings = results["config"]["data"]
+    settings, long = results["config"]["data"], results["config"]["long"]
     return (
-        f"{settings['clips']:,} clips of {settings['units']} latent frames from a procedural world: one object (size, "
-        "colour, shape) over a moving background, starting in a direction at a speed, turning at random times and "
-        f"bouncing off the walls; in {100 * settings['switched']:.0f} % of them the caption changes and the object "
-        "follows within half a second. No person, no scraped picture and no text from anybody is in it."
+        f"{settings['clips']:,} clips of {settings['units']} latent frames, and {long['clips']:,} of {long['units']}, "
+        "from a procedural world: one object (size, colour, shape) over a moving background, starting in a direction "
+        "at a speed, turning at random times and bouncing off the walls; in "
+        f"{100 * settings['switched']:.0f} % of them the caption changes and the object follows within half a second. "
+        "No person, no scraped picture and no text from anybody is in it."
     )
 
 

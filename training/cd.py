@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
-from training.data import DataSet
+from training.data import Batch, DataSet
 from training.loop import SCHEDULES, Average, Micro, Optimisers, Schedule, Stats, Update
-from training.network import Network, broadcast, clone, frozen, guided, noise_like, unit_weights
+from training.network import EARLY, Network, broadcast, clone, frozen, guided, noise_like, resampled, unit_weights
 from training.optimisers import adam
 
 
@@ -31,9 +31,15 @@ class Config:
     schedule: Schedule = "cosine"
     levels: int = 24
     guidance: float = 4.0
+    guidance_later: float | None = None
+    """Of units more than three after their caption began; None = the same. A caption decides where the first ones go,
+    and only lives on in the others, whose variety guidance lowers."""
     ema: float = 0.96
     first_weight: float = 3.0
     early_weight: float = 2.0
+    resampled: float = 0.0
+    """Share of clips whose past is the target network's own guess of it (`network.resampled`)."""
+    resampled_top: float = 0.75
 
 
 class Stage:
@@ -41,12 +47,15 @@ class Stage:
 
     name = "cd"
 
-    def __init__(self, config: Config, model: ModelConfig, clips: DataSet, teacher: Network) -> None:
+    def __init__(
+        self, config: Config, model: ModelConfig, clips: DataSet, teacher: Network, start: Network | None = None
+    ) -> None:
+        """`start`: where the student begins; None = at the teacher."""
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
         self.batch = config.batch
         self.teacher = frozen(teacher)
-        self.student = clone(teacher, model)
-        self.target = frozen(clone(teacher, model))
+        self.student = clone(start or teacher, model)
+        self.target = frozen(clone(start or teacher, model))
         self.average = Average(self.student, config.ema, warm=False, into=self.target)
         self.networks = {"student": self.student}
         self.frozen = {"teacher": self.teacher, "target": self.target}
@@ -66,14 +75,26 @@ class Stage:
         level = torch.randint(config.levels, (len(x0), frames // unit), generator=generator).repeat_interleave(unit, 1)
         s, s_next = self.grid[level].to(x0.device), self.grid[level + 1].to(x0.device)
         x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
+        scale = self._guidance(batch)
+        past = resampled(self.target, batch, config.resampled, config.resampled_top, self.model.shift, generator)
         with torch.no_grad():
-            v = guided(self.teacher.teacher_forced, x, s, batch, config.guidance)
+            v = guided(self.teacher.teacher_forced, x, s, past, scale)
             x_next = flow.euler(x, v, broadcast(s), broadcast(s_next))
-            goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, batch), broadcast(s_next))
-        jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, batch), broadcast(s))
+            goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, past), broadcast(s_next))
+        jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, past), broadcast(s))
         error = (jump - goal).square().mean((0, 2, 3, 4))
         weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
         return (error * weights.to(error.device)).mean(), {
             "loss": error.mean().item(),
             "first": error[:unit].mean().item(),
         }
+
+    def _guidance(self, batch: Batch) -> float | Tensor:
+        """The teacher's guidance of each frame, [B, n, 1, 1, 1], by how long ago its caption began."""
+        config, frames = self.config, batch.caption.shape[1]
+        if config.guidance_later is None:
+            return config.guidance
+        index = torch.arange(frames, device=batch.caption.device)
+        began = (frames - batch.caption.sum(1, keepdim=True)) * batch.caption  # a second caption rules to the end
+        fresh = index - began < EARLY * self.model.unit
+        return broadcast(torch.where(fresh, config.guidance, config.guidance_later))

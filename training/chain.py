@@ -1,6 +1,6 @@
 """The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> score -> consistency distillation ->
-DMD -> student -> card. The score is the bidirectional network again, trained on from the AR teacher's weights, which
-know far better where a caption sends the object.
+decoder -> AR teacher and distillation again, on longer clips -> DMD -> student -> card. The score is the bidirectional
+network again, trained on from the AR teacher's weights, which know far better where a caption sends the object.
 
 Every stage is a folder with its config, its checkpoint, its statistics, its previews and, when it is done, its averaged
 weights (`average.safetensors`). Running the chain again goes on where it stopped; a finished stage is not run again."""
@@ -23,14 +23,16 @@ from cfrt.config import ModelConfig
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import load_model, part, save_model
-from training import autoencoder, bidirectional, cd, data, dmd, loop, preview, rollout, teacher, worlds
+from training import autoencoder, bidirectional, cd, data, decoder, dmd, loop, preview, rollout, teacher, worlds
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
 from training.shards import Shards, fingerprint
 
-TEACHERS = ("autoencoder", "bidirectional", "teacher", "score")
-STAGES = (*TEACHERS, "cd", "dmd")
+TEACHERS = ("autoencoder", "bidirectional", "teacher", "score", "teacher_long")
+STAGES = ("autoencoder", "bidirectional", "teacher", "score", "cd", "decoder", "teacher_long", "cd_long", "dmd")
+PIXELS = ("decoder",)
+"""Stages that need a clip's pixels: left out where the clips are one's own and only their latents are kept."""
 
 
 def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
@@ -38,15 +40,18 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in STAGES[: STAGES.index(until) + 1]:
         folder = out / name
-        if finished(folder):
+        if finished(folder) or (recipe.shards is not None and name in PIXELS):
             continue
         torch.manual_seed(recipe.seed)
         build = {
             "autoencoder": _autoencoder,
             "bidirectional": _bidirectional,
             "teacher": _teacher,
+            "teacher_long": _teacher_long,
             "score": _score,
             "cd": _cd,
+            "decoder": _decoder,
+            "cd_long": _cd_long,
             "dmd": _dmd,
         }[name]
         stage, average = build(recipe, out)
@@ -69,6 +74,14 @@ def trained_autoencoder(recipe: Recipe, out: Path) -> Autoencoder:
     network = Autoencoder(recipe.model.autoencoder)
     network.load_state_dict({name: value.float() for name, value in weights(out, "autoencoder").items()})
     return autoencoder.channels_last(network.eval().requires_grad_(False))
+
+
+def shown(recipe: Recipe, out: Path) -> Autoencoder:
+    """The autoencoder that ships: with the decoder of the last stage, where the run has come so far."""
+    network = trained_autoencoder(recipe, out)
+    if finished(out / "decoder"):
+        network.load_state_dict(weights(out, "decoder"))
+    return network
 
 
 def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
@@ -112,18 +125,17 @@ def borrow(model: str, out: Path) -> None:
 
 def save_student(recipe: Recipe, out: Path, folder: Path) -> None:
     """Write the student's bundle: config.json and model.safetensors."""
-    network, decoder = weights(out, recipe.ships), weights(out, "autoencoder")
-    tensors = dict(network)
-    tensors |= {f"autoencoder.{name}": value for name, value in decoder.items()}
+    tensors = dict(weights(out, recipe.ships))
+    tensors |= {f"autoencoder.{name}": value.contiguous() for name, value in shown(recipe, out).state_dict().items()}
     save_model(folder, recipe.model, {name: value.float().numpy() for name, value in tensors.items()})
 
 
-def _clips(recipe: Recipe, out: Path) -> data.DataSet:
+def _clips(recipe: Recipe, out: Path, *, long: bool = False) -> data.DataSet:
     if recipe.shards is not None:
         return _own(recipe, out, recipe.shards)
-    folder = out / "data"
-    data.write(folder, recipe.data, trained_autoencoder(recipe, out), recipe.seed)
-    return data.Clips(folder, recipe.data, recipe.seed)
+    folder, config = (out / "data-long", recipe.long) if long else (out / "data", recipe.data)
+    data.write(folder, config, trained_autoencoder(recipe, out), recipe.seed)
+    return data.Clips(folder, config, recipe.seed)
 
 
 def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
@@ -161,6 +173,11 @@ def _teacher(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     return _averaged(teacher.Stage(recipe.teacher, recipe.model, _clips(recipe, out), start), recipe.teacher.ema)
 
 
+def _teacher_long(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    config, start = recipe.teacher_long, trained_network(recipe, out, "teacher")
+    return _averaged(teacher.Stage(config, recipe.model, _clips(recipe, out, long=True), start), config.ema)
+
+
 def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     stage = bidirectional.Stage(
         recipe.score, recipe.model, _clips(recipe, out), trained_network(recipe, out, "teacher")
@@ -173,11 +190,24 @@ def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     return stage, stage.average
 
 
+def _cd_long(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    """From the first distillation's student, which makes clean jumps already."""
+    teacher, start = (trained_network(recipe, out, name) for name in ("teacher_long", "cd"))
+    stage = cd.Stage(recipe.cd_long, recipe.model, _clips(recipe, out, long=True), teacher, start)
+    return stage, stage.average
+
+
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    student, score = trained_network(recipe, out, "cd"), trained_network(recipe, out, "score")
+    student, score = trained_network(recipe, out, "cd_long"), trained_network(recipe, out, "score")
     prompts = _prompts(recipe, out)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
+
+
+def _decoder(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    guesser, start = trained_network(recipe, out, "cd"), trained_autoencoder(recipe, out)
+    stage = decoder.Stage(recipe.decoder, recipe.model, recipe.data, start, guesser)
+    return _averaged(stage, recipe.decoder.ema)
 
 
 def restart(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
@@ -194,7 +224,7 @@ def _previewer(recipe: Recipe, out: Path, name: str, average: Average) -> Callab
     """A contact sheet of what the stage makes, drawn at every checkpoint from the same captions and noise."""
 
     def draw(step: int) -> None:
-        if name == "autoencoder":
+        if name in ("autoencoder", "decoder"):
             video = _reconstructions(recipe, average.weights)
         else:
             network = load(recipe.model, average.weights)
@@ -223,7 +253,7 @@ def sample(network: Network, model: ModelConfig, stage: str, draw: dmd.Draw, see
     units = prompts.caption.shape[1] // model.unit
     if stage in ("bidirectional", "score"):
         return bidirectional.sample(network, model, prompts, generator, steps=TEACHER_STEPS, guidance=GUIDANCE)
-    if stage == "teacher":
+    if stage in ("teacher", "teacher_long"):
         player = rollout.Player(network, model, prompts, guidance=GUIDANCE)
         return rollout.play(player, units, rollout.euler(model, TEACHER_STEPS), generator)
     player = rollout.Player(network, model, prompts)

@@ -45,6 +45,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def first(self, count: int) -> Self:
+        """The first `count` clips."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in self._of_clips})
+
     def to_null(self) -> Self:
         """The same under the unconditional prompt."""
         blank = torch.zeros_like(self.captions)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from cfrt import weights
 from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import ConfigError, EngineError, PromptError, VideoError
-from cfrt.nn.autoencoder import Autoencoder
+from cfrt.nn import codec
 from training import footage, preview, shards, wording, workers
 from training.footage import Cut, Rejected
 from training.selection import Job, Selection
@@ -69,15 +69,14 @@ class ModelTools:
     @cached_property
     def codec(self) -> Codec:
         config, tensors = self._read()
-        network, state = Autoencoder(config.autoencoder), weights.part(tensors, "autoencoder")
-        weights.match({name: tuple(value.shape) for name, value in network.state_dict().items()}, state)
-        network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
-        return network.eval().requires_grad_(False).to(self.device)
+        network: Any = codec.codec(config.autoencoder, weights.part(tensors, "autoencoder"))
+        made: Codec = network.eval().requires_grad_(False).to(self.device)
+        return made
 
     @cached_property
     def wording(self) -> Wording:
         config, tensors = self._read()
-        return wording.wording(replace(config, text=self.text), tensors)
+        return wording.wording(replace(config, text=self.text), tensors, self.folder)
 
     @property
     def fingerprint(self) -> str:
@@ -85,11 +84,10 @@ class ModelTools:
         return shards.fingerprint(weights.part(self._read()[1], "autoencoder"))
 
     def _read(self) -> tuple[ModelConfig, weights.Arrays]:
-        """EngineError when this build cannot encode with such an autoencoder."""
+        """EngineError when the model only decodes."""
         config, tensors = weights.load_model(self.folder)
-        if config.autoencoder.kind != "tiny":
-            kind = config.autoencoder.kind
-            raise EngineError(f"{config.name!r} has a {kind!r} autoencoder, with which this build cannot encode")
+        if config.autoencoder.kind == "taehv":
+            raise EngineError(f"{config.name!r} decodes through TAEHV, which cannot encode; use a model with Wan's own")
         return config, tensors
 
     def __reduce__(self) -> tuple[type[ModelTools], tuple[Path, TextConfig, str]]:

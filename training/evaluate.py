@@ -260,7 +260,10 @@ class Arguments:
     """Engine of the runtime."""
     run: Path | None = None
     """Folder of a training run, e.g. runs/tiny."""
-    stages: tuple[Literal["bidirectional", "teacher", "cd", "dmd"], ...] = ("teacher", "dmd")
+    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "cd", "cd_long", "dmd"], ...] = (
+        "teacher_long",
+        "cd_long",
+    )
     """Stages of the run to measure."""
     tasks: tuple[Literal["start", "switch", "futures", "long"], ...] = ("start", "switch", "long")
     """What to measure; `futures` only of a run."""
@@ -294,8 +297,9 @@ def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextCo
             raise ConfigError(
                 f"expected a finished stage in {run / stage}; run python -m training tiny --until {stage}"
             )
-    makers = {"bidirectional": sources.whole, "teacher": sources.teacher, "cd": sources.student, "dmd": sources.student}
-    autoencoder, model = chain.trained_autoencoder(recipe, run), recipe.model
+    makers = dict.fromkeys(("cd", "cd_long", "dmd"), sources.student) | {"bidirectional": sources.whole}
+    makers |= dict.fromkeys(("teacher", "teacher_long"), sources.teacher)
+    autoencoder, model = chain.shown(recipe, run), recipe.model
     rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
     for stage in stages:
         network = chain.trained_network(recipe, run, stage).eval().requires_grad_(False)

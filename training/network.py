@@ -6,6 +6,7 @@ rules a frame."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from cfrt.nn.dit import CausalDiT
 from cfrt.nn.text import TextTable
 from training import captions
 from training.data import Batch
+
+EARLY = 4
+"""Units at the start of a clip that weigh more: in them a caption decides where the object heads."""
 
 Velocity = Callable[[Tensor, Tensor, Batch], Tensor]  # (x, s, batch) -> v
 
@@ -71,12 +75,32 @@ def frozen(network: Network) -> Network:
 
 
 @torch.no_grad()
-def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float) -> Tensor:
-    """v under classifier-free guidance: both branches in one doubled batch; scale 1 costs nothing extra."""
-    if scale == 1:
+def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float | Tensor) -> Tensor:
+    """v under classifier-free guidance: both branches in one doubled batch; scale 1 costs nothing extra. A tensor
+    [B, n, 1, 1, 1] guides each frame by its own scale."""
+    if not isinstance(scale, Tensor) and scale == 1:
         return velocity(x, s, batch)
     v_cond, v_null = velocity(torch.cat([x, x]), torch.cat([s, s]), batch.and_null()).chunk(2)
     return flow.guide(v_cond, v_null, scale)
+
+
+@torch.no_grad()
+def resampled(
+    network: Network, batch: Batch, share: float, top: float, shift: float, generator: torch.Generator
+) -> Batch:
+    """The batch as a context: in the first `share` of its clips, every frame is what the network guesses of it from a
+    noisy copy and the clean past, at one level a clip of at most `top`. A stream goes on from guesses, and a network
+    that only ever saw the data's past repeats their errors (self-resampling, arXiv:2512.15702)."""
+    count = round(share * len(batch))
+    if count == 0:
+        return batch
+    past = batch.first(count)
+    x0 = past.latents
+    u = flow.unwarp(top, shift) * torch.rand(count, 1, generator=generator)
+    s = flow.warp(u, shift).to(x0.device).expand(x0.shape[:2])
+    x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
+    guess = flow.x0_from_v(x, network.teacher_forced(x, s, past), broadcast(s))
+    return replace(batch, latents=torch.cat([guess, batch.latents[count:]]))
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,6 +116,6 @@ def broadcast(s: Tensor) -> Tensor:
 def unit_weights(frames: int, unit: int, first: float, early: float = 1.0) -> Tensor:
     """[T] loss weights of mean 1: a frame of the first unit counts `first` times, of the next three `early` times."""
     weights = torch.ones(frames)
-    weights[: 4 * unit] = early
+    weights[: EARLY * unit] = early
     weights[:unit] = first
     return weights / weights.mean()

@@ -21,7 +21,7 @@ import torch
 from cfrt.config import AutoencoderConfig, ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
-from training import autoencoder, bidirectional, cd, dmd, loop, ode, recipes, teacher, worlds
+from training import autoencoder, bidirectional, cd, decoder, dmd, loop, ode, recipes, teacher, worlds
 
 CAPTIONS = 2  # of a clip
 BACKWARD = 2  # forwards that a backward costs
@@ -141,6 +141,7 @@ def of_teacher(config: teacher.Config, model: ModelConfig, frames: int) -> Work:
         config=config,
         trained={"student": model},
         learning=teacher_forced(model, frames) + start * config.starts / config.batch,
+        asking=config.resampled * teacher_forced(model, frames),
         graphs=[Graph(model=model, frames=2 * frames)],
         muon=config.optimiser == "muon",
     )
@@ -164,7 +165,7 @@ def of_cd(config: cd.Config, model: ModelConfig, frames: int) -> Work:
         trained={"student": model},
         constant={"teacher": model},
         learning=once,
-        asking=(_branches(config.guidance) + 1) * once,
+        asking=(_branches(config.guidance) + 1 + config.resampled) * once,
         graphs=[Graph(model=model, frames=2 * frames)],
     )
 
@@ -191,14 +192,34 @@ def of_dmd(config: dmd.Config, model: ModelConfig, real: ModelConfig, fake: Mode
 
 
 def of_autoencoder(config: autoencoder.Config, model: AutoencoderConfig) -> Work:
-    """Counted on the network itself, run without numbers."""
+    coding, decoding = _coded(model, autoencoder.UNITS)
+    return Work(config=config, trained={"student": model}, learning=coding + decoding)
+
+
+def of_decoder(config: decoder.Config, model: ModelConfig) -> Work:
+    coding, decoding = _coded(model.autoencoder, config.units)
+    return Work(
+        config=config,
+        trained={"student": model.autoencoder},
+        constant={"guesser": model},
+        learning=decoding,
+        asking=coding + config.guessed * teacher_forced(model, config.units),
+    )
+
+
+def _coded(model: AutoencoderConfig, units: int) -> tuple[float, float]:
+    """FLOP of encoding and of decoding a clip, counted on the network itself, run without numbers."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    frames = 1 + worlds.UNIT_FRAMES * (autoencoder.UNITS - 1)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = Autoencoder(model)
-        network.decode(network.encode(torch.zeros(1, frames, 3, worlds.SIDE, worlds.SIDE)))
-    return Work(config=config, trained={"student": model}, learning=counter.get_total_flops())
+    frames, counts = 1 + worlds.UNIT_FRAMES * (units - 1), []
+    with torch.device("meta"):
+        network, video = Autoencoder(model), torch.zeros(1, frames, 3, worlds.SIDE, worlds.SIDE)
+        latents = network.encode(video)
+        for code in (lambda: network.encode(video), lambda: network.decode(latents)):
+            with FlopCounterMode(display=False) as counter:
+                code()
+            counts.append(float(counter.get_total_flops()))
+    return counts[0], counts[1]
 
 
 def _branches(guidance: float) -> int:
@@ -299,12 +320,16 @@ def making_pairs(
 def of_recipe(recipe: recipes.Recipe, speed: Speed) -> list[Stage]:
     """The stages of the embedded student's chain, in one process."""
     model, frames = recipe.model, recipe.data.units
+    long = recipe.long.units
     works = {
         "autoencoder": of_autoencoder(recipe.autoencoder, model.autoencoder),
         "bidirectional": of_bidirectional(recipe.bidirectional, model, frames),
         "teacher": of_teacher(recipe.teacher, model, frames),
         "score": of_bidirectional(recipe.score, model, frames),
         "cd": of_cd(recipe.cd, model, frames),
+        "decoder": of_decoder(recipe.decoder, model),
+        "teacher_long": of_teacher(recipe.teacher_long, model, long),
+        "cd_long": of_cd(recipe.cd_long, model, long),
         "dmd": of_dmd(recipe.dmd, model, model, model, frames),
     }
     return [stage(name, work, recipe.run, 1, speed) for name, work in works.items()]

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cfrt.config import PRESETS, ModelConfig, TextConfig
-from training import autoencoder, bidirectional, captions, cd, data, dmd, evaluate, loop, teacher
+from training import autoencoder, bidirectional, captions, cd, data, decoder, dmd, evaluate, loop, teacher
+
+# In the class, `data`, `teacher` and `cd` are its fields.
+_Clips = data.Config
+_Teacher = teacher.Config
+_Distillation = cd.Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,7 @@ class Recipe:
     seed: int = 1
     shards: str | None = None
     """Folder of one's own clips (`python -m training prepare`) instead of the world's."""
-    ships: Literal["cd", "dmd"] = "cd"
+    ships: Literal["cd_long", "dmd"] = "cd_long"
     """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=lambda: data.Config(clips=40_000))
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
@@ -32,6 +37,17 @@ class Recipe:
     bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)
     teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=14_400, ema=0.998))
     cd: cd.Config = field(default_factory=lambda: cd.Config(steps=2400, guidance=3.5, lr=7e-4))
+    decoder: decoder.Config = field(default_factory=decoder.Config)
+    long: _Clips = field(default_factory=lambda: data.Config(clips=15_000, units=16))
+    """Longer clips, for the second part of the AR teacher and of the distillation."""
+    teacher_long: _Teacher = field(
+        default_factory=lambda: teacher.Config(steps=2550, batch=10, lr=1.2e-3, ema=0.998, resampled=0.6)
+    )
+    cd_long: _Distillation = field(
+        default_factory=lambda: cd.Config(
+            steps=1200, batch=10, guidance=3.5, guidance_later=2.0, lr=4e-4, resampled=0.6
+        )
+    )
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=80, tau=(0.02, 0.6)))
     evaluate: evaluate.Config = field(default_factory=lambda: evaluate.Config(prompts=1000, long=32, long_units=121))
     run: loop.Config = field(default_factory=loop.Config)
@@ -61,6 +77,10 @@ def smoke() -> Recipe:
         teacher=teacher.Config(steps=8, batch=4, starts=8),
         score=bidirectional.Config(steps=4, batch=8),
         cd=cd.Config(steps=6, batch=4),
+        decoder=decoder.Config(steps=2, batch=2, units=4),
+        long=data.Config(clips=16, units=12),
+        teacher_long=teacher.Config(steps=4, batch=4, starts=8, resampled=0.5),
+        cd_long=cd.Config(steps=4, batch=4, guidance_later=2.0, resampled=0.5),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2),
     )

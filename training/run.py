@@ -15,7 +15,7 @@ import tyro
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, causal consistency distillation,
-    asymmetric DMD.
+    decoder, both again on longer clips, asymmetric DMD.
 
     Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a
     contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in
@@ -27,7 +27,9 @@ class Arguments:
     """Folder of the run; default runs/RECIPE."""
     smoke: bool = False
     """Every stage for a few steps (under three minutes): shows that the chain holds, the student is noise."""
-    until: Literal["autoencoder", "bidirectional", "teacher", "score", "cd", "dmd", "card"] = "card"
+    until: Literal[
+        "autoencoder", "bidirectional", "teacher", "score", "cd", "decoder", "teacher_long", "cd_long", "dmd", "card"
+    ] = "card"
     """Last stage to run."""
     data: Path | None = None
     """Your own clips, from `python -m training prepare`, instead of the world's."""

@@ -17,7 +17,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
 from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update
-from training.network import Network, Velocity, broadcast, noise_like, unit_weights
+from training.network import Network, Velocity, broadcast, noise_like, resampled, unit_weights
 from training.optimisers import adam, muon_and_adam
 
 ELSEWHERE = 2**20  # batches ahead: where the further first units come from
@@ -42,6 +42,10 @@ class Config:
     """Loss weight of unit 0 against the others: it makes the whole scene out of nothing, and its errors stay."""
     early_weight: float = 2.0
     """Loss weight of the three units after it, in which the caption alone decides where the object heads."""
+    resampled: float = 0.0
+    """Share of clips whose past is the network's own guess of it (`network.resampled`); none in the paper."""
+    resampled_top: float = 0.75
+    """Noisiest copy that it guesses from. Beyond, a guess may turn where the data does not."""
     starts: int = 64
     """Further unit-0 examples in every batch. They have no past, so they cost a twentieth of a clip each."""
 
@@ -75,7 +79,9 @@ class Stage:
         frames = x0.shape[1]
         s = flow.warp(unit_levels(len(x0), frames // unit, unit, generator), self.model.shift)
         velocity = {"teacher": self.student.teacher_forced, "diffusion": self.student.noisy_prefix}[config.forcing]
-        error = self._error(velocity, batch, s, generator).mean(0)  # [T]
+        batch = batch.to(self.student.device)
+        context = resampled(self.student, batch, config.resampled, config.resampled_top, self.model.shift, generator)
+        error = self._error(velocity, batch, s, generator, context).mean(0)  # [T]
         first = error[:unit].mean()
         if config.starts:
             first = torch.lerp(self._starts(micro), first, len(x0) / (len(x0) + config.starts))
@@ -95,11 +101,13 @@ class Stage:
         s = flow.warp(unit_levels(config.starts, 1, unit, generator), self.model.shift)
         return self._error(self.student.bidirectional, batch, s, generator).mean()
 
-    def _error(self, velocity: Velocity, batch: Batch, s: Tensor, generator: torch.Generator) -> Tensor:
-        """Squared error of v for each clip and frame, weighted, [B, T]."""
+    def _error(
+        self, velocity: Velocity, batch: Batch, s: Tensor, generator: torch.Generator, context: Batch | None = None
+    ) -> Tensor:
+        """Squared error of v for each clip and frame, weighted, [B, T]; `context` is the past to go on from."""
         batch = batch.to(self.student.device)
         x0, s = batch.latents, s.to(self.student.device)
         eps = noise_like(x0, generator)
-        v = velocity(flow.add_noise(x0, eps, broadcast(s)), s, batch)
+        v = velocity(flow.add_noise(x0, eps, broadcast(s)), s, batch if context is None else context)
         error = (v - flow.velocity(x0, eps)).square().mean((2, 3, 4))
         return error if self.config.weighting == "uniform" else error * flow.loss_weight(s, self.model.shift)

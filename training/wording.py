@@ -86,11 +86,11 @@ class Kept:
         return whole(stored(said), self.shape)  # the same numbers now as next time
 
 
-def wording(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> Wording:
-    """How a model reads. EngineError when its encoder is not in this build."""
+def wording(config: ModelConfig, weights: Mapping[str, np.ndarray], folder: Path | None = None) -> Wording:
+    """How a model reads, whose folder may hold its text encoder."""
     if config.text.kind == "table":
         return Rows(config.text)
-    return Embeddings(text.encoder(config, weights), config.text)
+    return Embeddings(text.encoder(config, weights, folder), config.text)
 
 
 def stored(said: np.ndarray) -> np.ndarray:

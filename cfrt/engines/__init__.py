@@ -178,6 +178,17 @@ def refusal(name: str, spec: Spec) -> str | None:
     return f"it cannot do {' or '.join(lacking)}" if lacking else engine.supported(spec)
 
 
+def cuda_build() -> dict[str, Any] | None:
+    """The CUDA toolkit and architectures of the kernels in this installation, and the oldest NVIDIA driver branch that
+    runs them: {"version", "archs", "driver"}; None in a CPU-only build, or where there is no native core at all."""
+    if find_spec("_cfrt") is None:
+        return None
+    from _cfrt import build_info, cuda
+
+    built = build_info()["cuda"]
+    return None if built is None else {**built, "driver": cuda.least_driver()}
+
+
 def choose(name: str, spec: Spec) -> tuple[type[Engine], dict[str, str]]:
     """The engine of that name, or for "auto" the first one that can run `spec` (CFRT_ENGINE overrides "auto").
 

@@ -155,6 +155,14 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
+def processor() -> dict[str, Any]:
+    """Instruction set levels of this build and CPU, the one in use, and what a stream gets where it asks for nothing.
+
+    EngineError when CFRT_ISA names a level that is not there."""
+    precision = NativeEngine._resolved("auto")
+    return {"levels": kernels.isas(), "isa": kernels.isa(), "threads": physical_cores(), "precision": precision}
+
+
 class _Finite(Mapping[str, np.ndarray]):
     """Tensors as fp32, looked through when they are asked for: a stream of NaNs would only be black frames."""
 

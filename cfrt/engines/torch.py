@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import noise
 from ..errors import EngineError
 from ..flow import TIME_SCALE, guide, x0_from_v
+from ..nn.attention import cuda_refusal
 from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
 from ..nn.reference_noise import ReferenceNoise
@@ -76,6 +77,7 @@ class TorchEngine:
         self._prepare_pixels(spec)
         self._null = self._negative(spec)
         self._ring = RingCache(spec.config, 1 if self._null is None else 2, self._dtype, self._device)
+        self._attention = "cuda" if cuda_refusal(self._device, self._dtype, spec.config.head_dim) is None else "sdpa"
         self._reference = self._reference_noise(spec) if spec.config.reference_compat else None
         self._text: TextKV | None = None
         self._decoded = 0  # units decoded: the next one's number
@@ -123,7 +125,7 @@ class TorchEngine:
             self.commit(commit, unit - 1)
         x = self._for_each_text(latents)
         time = torch.full((len(x),), t, dtype=torch.float64, device=self._device)
-        v = self._dit.step(x, time, self._heard(), self._ring, unit).to(latents.dtype)
+        v = self._dit.step(x, time, self._heard(), self._ring, unit, backend=self._attention).to(latents.dtype)
         v = v if self._null is None else guide(v[:1], v[1:], self._config.guidance)
         return x0_from_v(latents, v, t / TIME_SCALE)
 
@@ -132,7 +134,7 @@ class TorchEngine:
         upcoming = self._ring.next_frame // self._config.unit
         if unit < upcoming:  # again: without the frames that the next unit overwrites, whether it already has or not
             self._ring.open(upcoming)
-        self._dit.commit(self._for_each_text(latents), self._heard(), self._ring, unit)
+        self._dit.commit(self._for_each_text(latents), self._heard(), self._ring, unit, backend=self._attention)
 
     def encode(self, image: np.ndarray) -> Tensor:
         return self.encode_film(image[None])[0]

@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "kernels/attention.h"
+#include "kernels/ceiling.h"
 #include "kernels/conv.h"
 #include "kernels/gemm.h"
 #include "kernels/pointwise.h"
@@ -16,6 +17,7 @@ struct Kernels {
     AttentionKernel attentions[2];  // by Precision of the keys and values: fp32, bf16
     PointwiseKernels pointwise;
     ConvKernels conv;
+    CeilingKernel ceilings[3];  // by Precision
 
     const GemmKernel& product(Precision precision) const { return gemm[static_cast<int>(precision)]; }
     const AttentionKernel& attention(Precision precision) const { return attentions[static_cast<int>(precision)]; }

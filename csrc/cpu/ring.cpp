@@ -1,16 +1,11 @@
 #include "ring.h"
 
-#include <algorithm>
 #include <cstring>
-#include <sstream>
-#include <string>
 
 #include "../check.h"
 
 namespace cfrt {
 namespace {
-
-constexpr std::int64_t kEmpty = -1;
 
 std::int64_t even(std::int64_t rows) {
     return rows + rows % 2;
@@ -25,11 +20,7 @@ std::size_t side_bytes(Precision precision, std::int64_t heads, std::int64_t dim
     return static_cast<std::size_t>((bytes + 63) / 64 * 64);
 }
 
-std::string listed(const std::vector<std::int64_t>& frames) {
-    std::ostringstream text;
-    for (const std::int64_t frame : frames) text << (text.tellp() > 0 ? ", " : "[") << frame;
-    return frames.empty() ? "[]" : text.str() + "]";
-}
+constexpr std::size_t kShape = 8;
 
 float widen(std::uint16_t half) {
     const std::uint32_t bits = std::uint32_t{half} << 16;
@@ -47,7 +38,7 @@ KeyValueStore::KeyValueStore(Precision precision, std::int64_t heads, std::int64
     : data_(2 * side_bytes(precision, heads, dim, rows)),
       view_{precision, heads, dim, even(rows), data_.data(), data_.data() + data_.size() / 2} {}
 
-Ring::Ring(const RingShape& shape) : shape_(shape) {
+Ring::Ring(const RingShape& shape) : shape_(shape), frames_(shape.geometry) {
     check(shape.layers >= 1 && shape.frame_tokens >= 1, "expected at least one layer and one token a frame, got ",
           shape.layers, " and ", shape.frame_tokens);
     const std::int64_t capacity = shape.geometry.capacity(), rows = capacity * shape.frame_tokens;
@@ -57,7 +48,6 @@ Ring::Ring(const RingShape& shape) : shape_(shape) {
         std::byte* k = data_.data() + 2 * side * static_cast<std::size_t>(i);
         layers_.push_back({shape.precision, shape.heads, shape.dim, even(rows), k, k + side});
     }
-    frames_.assign(static_cast<std::size_t>(capacity), kEmpty);
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -65,68 +55,19 @@ Ring::Ring(const RingShape& shape) : shape_(shape) {
 
 void Ring::open(std::int64_t unit, RingPass& pass) {
     const Geometry& g = shape_.geometry;
-    check(unit >= 0, "expected unit >= 0, got ", unit);
-    const std::int64_t start = unit * g.unit, end = g.unit_end(unit), tokens = shape_.frame_tokens;
-    check(start <= next_frame_, "unit ", unit, " starts at frame ", start, ", but the ring is committed up to frame ",
-          next_frame_, ": commit the units in order");
-    for (std::int64_t frame = start; frame < end; ++frame)
-        if (frames_[slot(frame)] > frame)
-            check(false, "unit ", unit, " has left the ring, which holds frames ", listed(held()),
-                  ": open a later unit");
+    const std::int64_t tokens = shape_.frame_tokens;
+    frames_.open(unit, pass.frames);
     pass.ranges.clear(), pass.place.clear(), pass.sink_rows = 0;
-    for (const Span& frames : g.visible_frames(unit)) {
-        for (std::int64_t frame = frames.start; frame < frames.stop; ++frame) {
-            if (frame < start && !holds(frame)) continue;
-            const std::int64_t row = first_row(frame);
-            if (!pass.ranges.empty() && pass.ranges.back().stop == row && row != g.sinks * tokens)
-                pass.ranges.back().stop = row + tokens;
-            else
-                pass.ranges.push_back({row, row + tokens});
-            if (frame < g.sinks) pass.sink_rows += tokens;
-        }
+    for (const std::int64_t frame : pass.frames) {
+        const std::int64_t row = first_row(frame);
+        if (!pass.ranges.empty() && pass.ranges.back().stop == row && row != g.sinks * tokens)
+            pass.ranges.back().stop = row + tokens;
+        else
+            pass.ranges.push_back({row, row + tokens});
+        if (frame < g.sinks) pass.sink_rows += tokens;
     }
-    for (std::int64_t frame = start; frame < end; ++frame) {
+    for (std::int64_t frame = unit * g.unit; frame < g.unit_end(unit); ++frame)
         for (std::int64_t token = 0; token < tokens; ++token) pass.place.push_back(first_row(frame) + token);
-        frames_[slot(frame)] = kEmpty;
-    }
-}
-
-void Ring::commit(std::int64_t unit) {
-    const std::int64_t start = unit * shape_.geometry.unit, end = shape_.geometry.unit_end(unit);
-    for (std::int64_t frame = start; frame < end; ++frame) hold(frame);
-    next_frame_ = std::max(next_frame_, end);
-}
-
-void Ring::rewind(std::int64_t unit) {
-    const std::int64_t start = unit * shape_.geometry.unit;
-    check(start <= next_frame_, "cannot rewind from frame ", next_frame_, " to unit ", unit, " (frame ", start,
-          "): it lies ahead");
-    std::vector<std::int64_t> lost;
-    for (const Span& frames : shape_.geometry.visible_frames(unit))
-        for (std::int64_t frame = frames.start; frame < frames.stop && frame < start; ++frame)
-            if (!holds(frame)) lost.push_back(frame);
-    check(lost.empty(), "cannot rewind from frame ", next_frame_, " to unit ", unit, " (frame ", start, "): frames ",
-          listed(lost), " have left the ring");
-    for (std::int64_t& frame : frames_)
-        if (frame >= start) frame = kEmpty;
-    next_frame_ = start;
-}
-
-void Ring::hold(std::int64_t frame) {
-    frames_[slot(frame)] = frame;
-}
-
-void Ring::clear() {
-    std::fill(frames_.begin(), frames_.end(), kEmpty);
-    next_frame_ = 0;
-}
-
-std::vector<std::int64_t> Ring::held() const {
-    std::vector<std::int64_t> held;
-    for (const std::int64_t frame : frames_)
-        if (frame != kEmpty) held.push_back(frame);
-    std::sort(held.begin(), held.end());
-    return held;
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -167,14 +108,14 @@ void Ring::read(std::int64_t layer, std::int64_t frame, float* k, float* v) cons
 // -------------------------------------------------------------------------------------------------------------
 // snapshots
 
-// What a state begins with: the shape, the next frame, the frames held.
+// What a state begins with: the shape in kShape numbers, then the frames.
 std::vector<std::int64_t> Ring::header() const {
     const Geometry& g = shape_.geometry;
     std::vector<std::int64_t> header{
         g.unit,        g.window,     g.sinks,    shape_.frame_tokens,
         shape_.layers, shape_.heads, shape_.dim, static_cast<std::int64_t>(shape_.precision)};
-    header.push_back(next_frame_);
-    header.insert(header.end(), frames_.begin(), frames_.end());
+    header.resize(header.size() + frames_.state_size());
+    frames_.save(header.data() + kShape);
     return header;
 }
 
@@ -190,15 +131,13 @@ void Ring::save(std::byte* state) const {
 }
 
 void Ring::load(const std::byte* state, std::size_t size) {
-    constexpr std::size_t kShape = 8;
     std::vector<std::int64_t> head = header();
     const std::size_t bytes = head.size() * sizeof(std::int64_t);
     check(size == state_bytes() && std::memcmp(state, head.data(), kShape * sizeof(std::int64_t)) == 0,
           "expected the state of a ring of this shape, ", state_bytes(), " bytes; got ", size,
           " bytes: the state is another model's");
     std::memcpy(head.data(), state, bytes);
-    next_frame_ = head[kShape];
-    std::copy(head.begin() + kShape + 1, head.end(), frames_.begin());
+    frames_.load(head.data() + kShape);
     std::memcpy(data_.data(), state + bytes, data_.size());
 }
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../plan.h"
+#include "../frames.h"
 #include "buffer.h"
 #include "kernels.h"
 
@@ -26,9 +26,10 @@ struct RingShape {
 
 // What one pass over a unit reads and writes, in rows of every layer. Used again, it allocates nothing.
 struct RingPass {
-    std::vector<Span> ranges;         // what the unit sees: sinks first, then the window in order, itself included
-    std::int64_t sink_rows = 0;       // of those read, the first that many are sinks'
-    std::vector<std::int64_t> place;  // where each of the unit's own F N tokens is written
+    std::vector<Span> ranges;          // what the unit sees: sinks first, then the window in order, itself included
+    std::int64_t sink_rows = 0;        // of those read, the first that many are sinks'
+    std::vector<std::int64_t> frames;  // the same as frames
+    std::vector<std::int64_t> place;   // where each of the unit's own F N tokens is written
 };
 
 class Ring {
@@ -39,23 +40,18 @@ class Ring {
     const KeyValues& layer(std::int64_t i) const { return layers_[static_cast<std::size_t>(i)]; }
     std::size_t bytes() const { return data_.size(); }
 
-    // A pass over `unit`: its slots no longer count as held. A unit that is opened again sees the part of its frames
-    // that is still held. An Error when earlier units have not been committed, or its slots belong to later ones. A
-    // fused pass is open(u), commit(u), open(u + 1), and then one sweep through the layers: the spare unit of the ring
-    // keeps all that unit u reads out of the way of what unit u + 1 writes.
+    // A pass over `unit`, as Frames::open has it. A fused pass is open(u), commit(u), open(u + 1), and then one sweep
+    // through the layers: the spare unit of the ring keeps all that unit u reads out of the way of what unit u + 1
+    // writes.
     void open(std::int64_t unit, RingPass& pass);
-    // What lies in the unit's slots is its clean past from now on.
-    void commit(std::int64_t unit);
-    // Makes `unit` the next one. An Error when a frame that it sees has been overwritten.
-    void rewind(std::int64_t unit);
-    // Declares that every layer's slot of `frame` has been written with its clean keys and values.
-    void hold(std::int64_t frame);
-    // Forgets everything.
-    void clear();
+    void commit(std::int64_t unit) { frames_.commit(unit); }
+    void rewind(std::int64_t unit) { frames_.rewind(unit); }
+    void hold(std::int64_t frame) { frames_.hold(frame); }
+    void clear() { frames_.clear(); }
 
-    bool holds(std::int64_t frame) const { return frames_[slot(frame)] == frame; }
-    std::vector<std::int64_t> held() const;
-    std::int64_t next_frame() const { return next_frame_; }
+    bool holds(std::int64_t frame) const { return frames_.holds(frame); }
+    std::vector<std::int64_t> held() const { return frames_.held(); }
+    std::int64_t next_frame() const { return frames_.next_frame(); }
 
     // One frame of one layer as plain fp32 [N][heads][dim]: exact for fp32 and bf16 both ways. `read` wants it held.
     void write(const Kernels& kernels, std::int64_t layer, std::int64_t frame, const float* k, const float* v);
@@ -67,15 +63,13 @@ class Ring {
     void load(const std::byte* state, std::size_t size);
 
   private:
-    std::size_t slot(std::int64_t frame) const { return static_cast<std::size_t>(shape_.geometry.slot(frame)); }
     std::int64_t first_row(std::int64_t frame) const { return shape_.geometry.slot(frame) * shape_.frame_tokens; }
     std::vector<std::int64_t> header() const;
 
     RingShape shape_;
     Buffer data_;
     std::vector<KeyValues> layers_;
-    std::vector<std::int64_t> frames_;  // the clean frame that each slot holds, or kEmpty
-    std::int64_t next_frame_ = 0;       // the first one that is not committed yet
+    Frames frames_;
 };
 
 // Memory for keys and values alone, of a text for example: `rows` is rounded up to whole pairs.

@@ -3,8 +3,13 @@
 // there yet, because it sleeps or the system has given its core away, finds its share done by the caller. So a busy
 // machine costs the help of other threads and no more.
 //
-// Between two calls the workers watch for the next one for some tens of microseconds, then sleep. A pool has one owner,
-// and one call at a time; several pools may live in one process.
+// Between two calls the workers watch for the next one for some tens of microseconds, then sleep: an idle pool takes
+// nothing from another one beside it. A pool has one owner, and one call at a time; several pools may live in one
+// process.
+//
+// An empty call on two threads costs 0.43 us while the worker watches, and 47 us once it has to be woken; on one thread
+// 0.3 ns (two cores of an AMD EPYC, Zen 4, in a virtual machine; measured on 2026-11-25 by
+// benchmarks/bench_kernels.py).
 #pragma once
 
 #include <atomic>

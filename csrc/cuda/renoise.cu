@@ -5,47 +5,16 @@
 
 #include "renoise.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "../renoise.h"
+#include "numbers.cuh"
 
 namespace cfrt {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr std::int64_t kMaxBlocks = 1 << 16;
-
-__device__ float to_float(float x) {
-    return x;
-}
-__device__ float to_float(__half x) {
-    return __half2float(x);
-}
-__device__ float to_float(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-}
-
-template <class T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float<float>(float x) {
-    return x;
-}
-template <>
-__device__ __half from_float<__half>(float x) {
-    return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
-
-template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-    T item[4];
-};
 
 // kAligned: the arrays start on a quad's alignment, so that a quad moves as one access. Else, and for the last
 // count % 4 elements, one by one.

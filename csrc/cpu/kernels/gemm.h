@@ -65,7 +65,8 @@ struct RowKernels {
     // out[m][k] = bf16(x[m][k]), with zeros from k to depth.
     void (*to_bf16)(std::uint16_t* out, std::int64_t out_stride, const float* x, std::int64_t x_stride, std::int64_t k,
                     std::int64_t depth, std::int64_t begin, std::int64_t end);
-    // scale[m] = max |x[m]| / 127, out[m][k] = x[m][k] / scale[m] to nearest even.
+    // scale[m] = max |x[m]| / 127, out[m][k] = x[m][k] / scale[m] to nearest even. Where the maximum is below 1e-36 the
+    // scale is zero, where the row holds NaN or an infinity it is NaN, and the whole numbers are zeros.
     void (*to_int8)(void* out, std::int64_t out_stride, float* scale, const float* x, std::int64_t x_stride,
                     std::int64_t k, std::int64_t depth, std::int64_t begin, std::int64_t end);
 };

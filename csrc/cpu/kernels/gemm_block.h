@@ -1,8 +1,28 @@
-// What the three products share: cutting C into tiles, and the epilogues.
+// What the three products share: cutting C into tiles, the micro-kernel and the epilogues.
 //
-// A tile is `panel` columns by at most `Micro::kRows` rows. Its sums stay in registers over the whole of K and pass
-// through a small buffer to the epilogue, so that the micro-kernels know nothing of epilogues: one store and one load
-// per element of C, against K multiply-adds.
+// A tile is `kPanel` columns by at most kRows rows. Its sums stay in registers over the whole of K and pass through a
+// small buffer to the epilogue, so that the micro-kernel knows nothing of epilogues: one store and one load per element
+// of C, against K multiply-adds. All rows of one panel come before the next panel: a panel is read from far away once,
+// then from the second-level cache. This is the inner half of the scheme of Goto and van de Geijn ("Anatomy of
+// High-Performance Matrix Multiplication", ACM TOMS 2008): weights come packed, and K is at most some thousands, so
+// that a panel fits in the second-level cache whole and neither K nor M has to be blocked.
+//
+// The ladder; GOP/s of one core, whose ceiling is 118 in fp32, 236 in bf16, 473 in int8 (benchmarks/bench_kernels.py);
+// measured on an AMD EPYC (Zen 4, avx512bf16 but where another level is named) on 2026-11-25:
+//   1  a micro-kernel for each number of rows up to 14, two vectors wide; rows shared evenly among the tiles of a
+//   panel,
+//      so that 15 rows are 7 + 8 and not 14 + 1. 64 rows, K = 256: fp32 111, bf16 214, int8 390
+//   2  what belongs to a column (bias, scale, offset) is fetched once a tile, not once a row: bf16 219, int8 415
+//   3  up to six rows: two panels side by side, up to two rows four, since a few sums cannot fill the pipeline. Two
+//   rows,
+//      K = 768: bf16 156 -> 184. One row, K = 192: 93 -> 107; the second-level cache's 32 bytes a cycle allow no more
+//   4  bf16 without its dot product: first the odd numbers of all words, then the even ones, and a row less, so that
+//   all
+//      fits into the registers. 12 rows on avx2: 77 -> 102; plain: 23 -> 29
+//
+// GCC 12 wants sums to be
+// vectors of int32 and not __m512i, which it copies in every step (int8 then falls to 200), and no counter but k, or it
+// keeps pointers in vector registers (14 rows, fp32: 116 -> 110).
 #pragma once
 
 #include "../simd.h"
@@ -12,35 +32,124 @@ namespace cfrt::CFRT_LEVEL {
 namespace {
 
 // Columns of a panel in vectors, and rows of the largest tile: accumulators fill the registers, leaving room for one
-// row of the panel and a broadcast.
+// row of the panel and a broadcast. So they do with up to kPairRows rows of two panels, and kQuadRows of four.
 #if CFRT_SIMD >= 2
-constexpr int kVecs = 2, kRows = 14;
+constexpr int kVecs = 2, kRows = 14, kPairRows = 6, kQuadRows = 2;
 #elif CFRT_SIMD == 1
-constexpr int kVecs = 2, kRows = 6;
+constexpr int kVecs = 2, kRows = 6, kPairRows = 2, kQuadRows = 0;
 #else
-constexpr int kVecs = 2, kRows = 4;
+constexpr int kVecs = 2, kRows = 4, kPairRows = 2, kQuadRows = 0;
 #endif
 constexpr int kPanel = kVecs * kLanes;
+template <class Micro>
+constexpr int kMostRows = kRows + 1 - Micro::kSteps;  // taking numbers apart takes a register more
+constexpr int kSums = most(kRows, most(2 * kPairRows, 4 * kQuadRows)) * kPanel;
 
 struct Tile {
     std::int64_t row, column;
     int rows, columns;
 };
 
-// Applies `finish(y, lanes, row, column)` to the vectors of a tile; lanes < kLanes at the right edge.
-template <class Load, class Finish>
-CFRT_INLINE void for_each_vec(const Tile& t, const float* bias, Load load_sum, Finish finish) {
-    for (int r = 0; r < t.rows; ++r) {
-        for (int v = 0; v < kVecs; ++v) {
-            const int lanes = least(kLanes, t.columns - v * kLanes);
-            if (lanes <= 0) break;
-            const std::int64_t column = t.column + v * kLanes;
-            Vec y = load_sum(r, v, lanes);
-            if (bias) y = y + (lanes == kLanes ? load(bias + column) : load(bias + column, lanes));
-            finish(y, lanes, t.row + r, column);
+// ------------------------------------------------------------------------------------------------------ micro-kernels
+
+// Micro says what a product of numbers is:
+//   A, W, Sum      elements of a row, of a panel, of the result: float, or int32 for whole numbers
+//   kGroup         elements of K that lie together; kSteps: parts in which a group is added up
+//   kExact         groups that Acc holds without loss, 0 where there is no bound
+//   Acc            vector of sums; dot(x, w, acc) adds products, with x = splat(step, row), w = load(step, panel)
+//   put(to, acc, first)  from Acc to Sum, adding unless it is the first
+//   Column(g, column).value(sum, row)  from kLanes Sums to numbers
+
+// Sums that are numbers already.
+template <class Dot>
+struct Floating : Dot {
+    using Sum = float;
+    static constexpr std::int64_t kExact = 0;
+
+    CFRT_INLINE static void put(float* to, Vec acc, bool) { store(to, acc); }
+
+    struct Column {
+        Column(const Gemm&, std::int64_t) {}
+        CFRT_INLINE Vec value(const float* sum, std::int64_t) const { return load(sum); }
+    };
+};
+
+// The sums of R rows by V vectors over `groups`; every kVecs vectors the next panel begins, `panel` elements on.
+template <class Micro, int R, int V>
+CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Micro::A* a, std::int64_t stride,
+                            const typename Micro::W* w, std::int64_t panel, std::int64_t groups) {
+    constexpr int kGroup = Micro::kGroup;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
+    for (std::int64_t k = 0; k < groups; ++k, w += kGroup * kPanel) {
+#pragma GCC unroll 2
+        for (int step = Micro::kSteps - 1; step >= 0; --step) {
+            if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
+            decltype(Micro::load(step, w)) b[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) b[v] = Micro::load(step, w + v / kVecs * panel + v % kVecs * kGroup * kLanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const auto x = Micro::splat(step, a + r * stride + kGroup * k);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) acc[r][v] = Micro::dot(x, b[v], acc[r][v]);
+            }
         }
     }
 }
+
+// R rows by P panels, `panel` elements apart: sums [P][R][kPanel].
+template <class Micro, int R, int P>
+void block(const typename Micro::A* a, std::int64_t stride, const typename Micro::W* w, std::int64_t panel,
+           std::int64_t groups, typename Micro::Sum* sums) {
+    constexpr int V = P * kVecs;
+    typename Micro::Acc acc[R][V];
+    const auto put = [&](bool first) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v)
+                Micro::put(sums + (v / kVecs * R + r) * kPanel + v % kVecs * kLanes, acc[r][v], first);
+    };
+    std::int64_t begin = 0;
+    if constexpr (Micro::kExact > 0) {
+        for (; groups - begin > Micro::kExact; begin += Micro::kExact) {
+            accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
+                              Micro::kExact);
+            put(begin == 0);
+        }
+    }
+    accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
+                      groups - begin);
+    put(begin == 0);
+}
+
+template <class Micro>
+using Block = void (*)(const typename Micro::A*, std::int64_t, const typename Micro::W*, std::int64_t, std::int64_t,
+                       typename Micro::Sum*);
+
+template <int... R>
+struct RowCounts {};
+template <int N, int... R>
+struct UpTo : UpTo<N - 1, N, R...> {};
+template <int... R>
+struct UpTo<0, R...> {
+    using type = RowCounts<R...>;
+};
+
+// Blocks of 1, 2, ... rows by P panels.
+template <class Micro, int P, class Rows>
+struct Blocks;
+template <class Micro, int P, int... R>
+struct Blocks<Micro, P, RowCounts<R...>> {
+    static constexpr Block<Micro> of[] = {block<Micro, R, P>..., nullptr};
+};
+template <class Micro, int P, int kMost>
+constexpr const auto& blocks = Blocks<Micro, P, typename UpTo<kMost>::type>::of;
+
+// ---------------------------------------------------------------------------------------------------------- epilogues
 
 CFRT_INLINE Vec load_some(const float* p, int lanes) {
     return lanes == kLanes ? load(p) : load(p, lanes);
@@ -52,41 +161,58 @@ CFRT_INLINE void store_some(std::uint16_t* p, Vec x, int lanes) {
     lanes == kLanes ? store_bf16(p, x) : store_bf16(p, x, lanes);
 }
 
+// Applies `finish(y, lanes, row, column)` to the vectors of a tile; lanes < kLanes at the right edge.
+template <class Micro, class Finish>
+CFRT_INLINE void for_each_vec(const Gemm& g, const Tile& t, const typename Micro::Sum* sums, Finish finish) {
+    for (int v = 0; v < kVecs; ++v) {
+        const int lanes = least(kLanes, t.columns - v * kLanes);
+        if (lanes <= 0) break;
+        const std::int64_t column = t.column + v * kLanes;
+        const typename Micro::Column scaled(g, column);
+        const Vec bias = g.bias ? load_some(g.bias + column, lanes) : zero();
+        for (int r = 0; r < t.rows; ++r)
+            finish(scaled.value(sums + r * kPanel + v * kLanes, t.row + r) + bias, lanes, t.row + r, column);
+    }
+}
+
 // out = f(y) in fp32 or bf16.
-template <class Load, class Function>
-CFRT_INLINE void write(const Gemm& g, const Tile& t, Load load_sum, Function f) {
+template <class Micro, class Function>
+CFRT_INLINE void write(const Gemm& g, const Tile& t, const typename Micro::Sum* sums, Function f) {
     if (g.out_bf16) {
         std::uint16_t* out = static_cast<std::uint16_t*>(g.out);
-        for_each_vec(t, g.bias, load_sum, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
+        for_each_vec<Micro>(g, t, sums, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
             store_some(out + row * g.out_stride + column, f(y), lanes);
         });
         if (g.w->n % 2 && t.column + t.columns == g.w->n)
             for (int r = 0; r < t.rows; ++r) out[(t.row + r) * g.out_stride + g.w->n] = 0;
     } else {
         float* out = static_cast<float*>(g.out);
-        for_each_vec(t, g.bias, load_sum, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
+        for_each_vec<Micro>(g, t, sums, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
             store_some(out + row * g.out_stride + column, f(y), lanes);
         });
     }
 }
 
-template <class Load>
-CFRT_INLINE void finish_tile(const Gemm& g, const Tile& t, Load load_sum) {
+template <class Micro>
+void finish_tile(const Gemm& g, const Tile& t, const typename Micro::Sum* sums) {
+    const auto at = [&](std::int64_t row, std::int64_t column) {
+        return static_cast<float*>(g.out) + row * g.out_stride + column;
+    };
     switch (g.epilogue) {
         case Epilogue::none:
-            return write(g, t, load_sum, [](Vec y) { return y; });
+            return write<Micro>(g, t, sums, [](Vec y) { return y; });
         case Epilogue::gelu:
-            return write(g, t, load_sum, [](Vec y) { return gelu(y); });
+            return write<Micro>(g, t, sums, [](Vec y) { return gelu(y); });
         case Epilogue::silu:
-            return write(g, t, load_sum, [](Vec y) { return silu(y); });
+            return write<Micro>(g, t, sums, [](Vec y) { return silu(y); });
         case Epilogue::add:
-            return for_each_vec(t, g.bias, load_sum, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
-                float* p = static_cast<float*>(g.out) + row * g.out_stride + column;
+            return for_each_vec<Micro>(g, t, sums, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
+                float* p = at(row, column);
                 store_some(p, load_some(p, lanes) + y, lanes);
             });
         case Epilogue::gate:
-            return for_each_vec(t, g.bias, load_sum, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
-                float* p = static_cast<float*>(g.out) + row * g.out_stride + column;
+            return for_each_vec<Micro>(g, t, sums, [&](Vec y, int lanes, std::int64_t row, std::int64_t column) {
+                float* p = at(row, column);
                 const float* gate = g.gate + row / g.gate_rows * g.gate_stride + column;
                 store_some(p, fma(load_some(gate, lanes), y, load_some(p, lanes)), lanes);
             });
@@ -95,55 +221,45 @@ CFRT_INLINE void finish_tile(const Gemm& g, const Tile& t, Load load_sum) {
 
 // ---------------------------------------------------------------------------------------------------------- the driver
 
-// Micro: A = element of a row, W = element of a panel, Sum = float or int32, kGroup, and
-//   block<R>(rows of A, stride, panel, groups, sums [R][kPanel])
 template <class Micro>
-using Block = void (*)(const typename Micro::A*, std::int64_t, const typename Micro::W*, std::int64_t,
-                       typename Micro::Sum*);
-
-template <class Micro, class Rows>
-struct Blocks;
-
-template <int... R>
-struct RowCounts {};
-
-template <class Micro, int... R>
-struct Blocks<Micro, RowCounts<R...>> {
-    static constexpr Block<Micro> of[] = {Micro::template block<R>...};
-};
-
-template <int N, int... R>
-struct UpTo : UpTo<N - 1, N, R...> {};
-template <int... R>
-struct UpTo<0, R...> {
-    using type = RowCounts<R...>;
-};
-
 std::int64_t row_blocks(const Gemm& g) {
-    return ceil_div(g.m, kRows);
+    return ceil_div(g.m, kMostRows<Micro>);
 }
 
+template <class Micro>
 std::int64_t tiles(const Gemm& g) {
-    return ceil_div(g.w->n, kPanel) * row_blocks(g);
+    return ceil_div(g.w->n, kPanel) * row_blocks<Micro>(g);
 }
 
-// Panel by panel, all rows of one panel before the next: a panel is read from far away once, then from the cache.
+// How many of the next `left` panels go together. It depends on the call, the bits of C do not depend on it.
+CFRT_INLINE int side_by_side(const Gemm& g, std::int64_t left) {
+    if (g.m <= kQuadRows && left >= 4) return 4;
+    return g.m <= kPairRows && left >= 2 ? 2 : 1;
+}
+
 template <class Micro>
 void run(const Gemm& g, std::int64_t begin, std::int64_t end) {
-    using Sum = typename Micro::Sum;
-    using Table = Blocks<Micro, typename UpTo<kRows>::type>;
-    alignas(64) Sum sums[kRows * kPanel];
-    const std::int64_t blocks = row_blocks(g), groups = g.w->depth / Micro::kGroup;
+    alignas(64) typename Micro::Sum sums[kSums];
+    const std::int64_t row_count = row_blocks<Micro>(g), groups = g.w->depth / Micro::kGroup,
+                       size = kPanel * g.w->depth;
     const auto* a = static_cast<const typename Micro::A*>(g.a);
     const auto* panels = static_cast<const typename Micro::W*>(g.w->panels);
-    for (std::int64_t tile = begin; tile < end; ++tile) {
-        const std::int64_t panel = tile / blocks, block = tile % blocks;
+    while (begin < end) {
+        const std::int64_t panel = begin / row_count, part = begin % row_count;
+        const int together = side_by_side(g, end - begin);
         Tile t;
-        t.row = g.m * block / blocks, t.column = panel * kPanel;
-        t.rows = static_cast<int>(g.m * (block + 1) / blocks - t.row);
-        t.columns = static_cast<int>(least<std::int64_t>(kPanel, g.w->n - t.column));
-        Table::of[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * kPanel * g.w->depth, groups, sums);
-        finish_tile(g, t, [&](int r, int v, int) { return Micro::value(g, t, sums + r * kPanel, r, v); });
+        t.row = g.m * part / row_count;
+        t.rows = static_cast<int>(g.m * (part + 1) / row_count - t.row);
+        const Block<Micro>* table = together == 4   ? blocks<Micro, 4, kQuadRows>
+                                    : together == 2 ? blocks<Micro, 2, kPairRows>
+                                                    : blocks<Micro, 1, kMostRows<Micro>>;
+        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups, sums);
+        for (int p = 0; p < together; ++p) {
+            t.column = (panel + p) * kPanel;
+            t.columns = static_cast<int>(least<std::int64_t>(kPanel, g.w->n - t.column));
+            finish_tile<Micro>(g, t, sums + p * t.rows * kPanel);
+        }
+        begin += together;
     }
 }
 

@@ -30,15 +30,19 @@ void to_int8(void* out, std::int64_t out_stride, float* scale, const float* x, s
     for (std::int64_t m = begin; m < end; ++m) {
         const float* from = x + m * x_stride;
         Int8* to = static_cast<Int8*>(out) + m * out_stride;
-        Vec peak = zero();
-        for (std::int64_t i = 0; i < whole; i += kLanes) peak = max(peak, abs(load(from + i)));
-        if (rest) peak = max(peak, abs(load(from + whole, rest)));
-        const Int8Scale row = int8_scale(highest(peak));
+        RowPeak peak;
+        for (std::int64_t i = 0; i < whole; i += kLanes) peak.see(load(from + i));
+        if (rest) peak.see(load(from + whole, rest));
+        const Int8Scale row = peak.scale();
         scale[m] = row.scale;
+        if (row.inverse == 0.0f) {
+            fill_zeros(to, depth);
+            continue;
+        }
         const Vec inverse = splat(row.inverse);
         for (std::int64_t i = 0; i < whole; i += kLanes) store_int8(to + i, load(from + i) * inverse);
         if (rest) store_int8(to + whole, load(from + whole, rest) * inverse, rest);
-        for (std::int64_t i = k; i < depth; ++i) to[i] = kInt8Zero;
+        fill_zeros(to + k, depth - k);
     }
 }
 

@@ -22,13 +22,31 @@ constexpr int kInt8Offset = 0;
 #endif
 constexpr Int8 kInt8Zero = kInt8Offset;
 
+// A row is x / scale, rounded. A scale of zero or NaN comes with an inverse of zero, and a row of zeros.
 struct Int8Scale {
-    float scale, inverse;  // both zero for a row of (all but) zeros
+    float scale, inverse;
 };
 
-CFRT_INLINE Int8Scale int8_scale(float peak) {
-    if (peak < 1e-36f) return {0.0f, 0.0f};  // its inverse would overflow
-    return {peak / 127.0f, 127.0f / peak};
+// The scale of a row of which every number has been seen. Numbers that are none make it NaN, and so the whole row of
+// the product: a result that looks sound must not come from a row that was not.
+struct RowPeak {
+    Vec peak = zero(), none = zero();
+
+    CFRT_INLINE void see(Vec x) {
+        peak = max(peak, abs(x));
+        none = fma(x, zero(), none);  // NaN as soon as x is infinite or NaN
+    }
+
+    CFRT_INLINE Int8Scale scale() const {
+        const float none_seen = sum(none), highest_seen = highest(peak);
+        if (none_seen != 0.0f) return {none_seen, 0.0f};
+        if (highest_seen < 1e-36f) return {0.0f, 0.0f};  // its inverse would overflow
+        return {highest_seen / 127.0f, 127.0f / highest_seen};
+    }
+};
+
+CFRT_INLINE void fill_zeros(Int8* p, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) p[i] = kInt8Zero;
 }
 
 // x holds values already divided by the scale; |x| <= 127 up to rounding.

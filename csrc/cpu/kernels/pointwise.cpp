@@ -95,16 +95,17 @@ void norm_bf16(const LayerNorm& a, std::int64_t row) {
 void norm_int8(const LayerNorm& a, std::int64_t row) {
     const NormedRow from(a, row);
     Int8* to = static_cast<Int8*>(a.out) + row * a.out_stride;
-    Vec peak = zero();
-    for_each_vec(a.width, [&](std::int64_t i, int lanes) { peak = max(peak, abs(cut(from.at(i, lanes), lanes))); });
-    const Int8Scale scale = int8_scale(highest(peak));
+    RowPeak peak;
+    for_each_vec(a.width, [&](std::int64_t i, int lanes) { peak.see(cut(from.at(i, lanes), lanes)); });
+    const Int8Scale scale = peak.scale();
     a.out_scale[row] = scale.scale;
+    if (scale.inverse == 0.0f) return fill_zeros(to, a.depth);
     const Vec inverse = splat(scale.inverse);
     for_each_vec(a.width, [&](std::int64_t i, int lanes) {
         const Vec y = from.at(i, lanes) * inverse;
         lanes == kLanes ? store_int8(to + i, y) : store_int8(to + i, y, lanes);
     });
-    for (std::int64_t i = a.width; i < a.depth; ++i) to[i] = kInt8Zero;
+    fill_zeros(to + a.width, a.depth - a.width);
 }
 
 void layer_norm(const LayerNorm& a, std::int64_t begin, std::int64_t end) {

@@ -1,12 +1,14 @@
 """Native attention against PyTorch's fused one, in one run on the same numbers: one frame of queries, twelve of keys.
 
-The floor: three times as fast in bf16 at head_dim 64 and 128. Ours reads the ring in place, wrapped, in three ranges;
-PyTorch gets what it likes best, whole contiguous [heads, tokens, dim]. `pytest benchmarks/bench_attention.py -s` prints
-the sheet. Times are the fastest round's.
+The floor: three times as fast in bf16 at head_dim 64 and 128, or 75 % of what the bf16 dot products of the cores can do
+at all: a CPU whose dot product is only three times as fast as PyTorch's attention leaves no more. Ours reads the ring
+in place, wrapped, in three ranges; PyTorch gets what it likes best, whole contiguous [heads, tokens, dim].
+`pytest benchmarks/bench_attention.py -s` prints the sheet. Times are the fastest round's.
 """
 
 import platform
 from collections.abc import Callable, Iterator
+from functools import cache
 from time import perf_counter
 
 import numpy as np
@@ -23,6 +25,7 @@ kernels = _cfrt.kernels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTH, WINDOW = 768, 12
 TIMES = 3.0  # as fast as PyTorch in bf16, at least
+SHARE = 0.75  # of the ceiling, at least, where it is not
 SPEEDUP = 1.85  # of a second thread, at least, at 256 tokens a frame
 
 
@@ -41,6 +44,12 @@ def fastest(work: Callable[[], object], budget: float = 0.3) -> float:
         work()
         best, rounds = min(best, perf_counter() - begin), rounds + 1
     return best
+
+
+@cache
+def ceiling(precision: str) -> float:
+    """Operations a second of one core, on registers alone."""
+    return kernels.ceiling(precision, 50_000) / fastest(lambda: kernels.ceiling(precision, 50_000))
 
 
 def native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, precision: str, threads: int) -> Callable[[], np.ndarray]:
@@ -79,6 +88,7 @@ def test_attention(precision: str, dim: int, tokens: int, threads: int, benchmar
     values = {
         "ms": 1e3 * seconds,
         "GOP/s": 4e-9 * tokens * keys * WIDTH / seconds,
+        "share": 4 * tokens * keys * WIDTH / seconds / (threads * ceiling(precision)),
         "torch ms": 1e3 * torch_seconds,
         "times": torch_seconds / seconds,
         "speedup": one / seconds,
@@ -86,5 +96,5 @@ def test_attention(precision: str, dim: int, tokens: int, threads: int, benchmar
     title = f"{tokens} x {keys} tokens, {heads} heads of {dim}, {precision}, {kernels.isa()}, {threads} threads"
     benchmark.extra_info |= {"what": title, "cpu": platform.processor() or platform.machine(), **values}
     print(f"\n{title}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    assert precision != "bf16" or values["times"] >= TIMES
+    assert precision != "bf16" or values["times"] >= TIMES or values["share"] >= SHARE
     assert threads == 1 or tokens == 64 or values["speedup"] >= SPEEDUP

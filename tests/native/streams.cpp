@@ -13,7 +13,7 @@ using namespace cfrt;
 
 namespace {
 
-constexpr std::int64_t kUnits = 8, kGrid = 8, kChannels = 2;
+constexpr std::int64_t kUnits = 8, kGrid = 4, kChannels = 2;
 
 std::vector<float> numbers(std::int64_t count, unsigned seed) {
     std::vector<float> x(static_cast<std::size_t>(count));
@@ -28,7 +28,7 @@ std::vector<float> numbers(std::int64_t count, unsigned seed) {
 DitConfig config() {
     DitConfig c{};
     c.width = 64, c.depth = 2, c.heads = 2, c.ffn = 128, c.time_width = 16, c.text_width = 8, c.text_rows = 3;
-    c.patches = {kChannels, kGrid, kGrid, 2, 2}, c.geometry = {1, 4, 1};
+    c.patches = {kChannels, kGrid, kGrid, 1, 1}, c.geometry = {1, 4, 1};
     c.rope_pairs = {4, 6, 6}, c.rope_theta = 10000.0, c.relative_sinks = true, c.trained_frames = 6, c.eps = 1e-6f;
     return c;
 }

@@ -1,5 +1,6 @@
 // Streams as the engine drives them, on pools of several threads, two at once in one process: the DiT with its ring and
 // fused passes, and the decoder behind it. The bytes must be those of one thread alone.
+#include <atomic>
 #include <map>
 #include <string>
 #include <thread>
@@ -114,9 +115,16 @@ void test_streams() {
     }
 }
 
+// The two shares wait for each other, or the caller may take both of every round and nothing races. Relaxed, so that
+// meeting orders nothing.
 void mutant_race() {
     Threads threads(2);
+    std::atomic<int> begun = 0;
     int count = 0;
-    for (int round = 0; round < 100; ++round) threads.run([&](int) { ++count; });
+    threads.run([&](int) {
+        begun.fetch_add(1, std::memory_order_relaxed);
+        while (begun.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+        ++count;
+    });
     std::printf("%d\n", count);
 }

@@ -136,9 +136,15 @@ class Stream:
         self._start(made, Timeline(prompt, rows, seed), Journal(journal_bytes), prefix, born)
 
     def _start(
-        self, engine: Engine, timeline: Timeline, journal: Journal, prefix: np.ndarray | None, born: float
+        self,
+        engine: Engine,
+        timeline: Timeline,
+        journal: Journal,
+        prefix: np.ndarray | None,
+        born: float,
+        state: State | None = None,
     ) -> None:
-        """The thread, and what ends it."""
+        """The thread, and what ends it. With `state` it goes on from there."""
         hooks = [hook for hook in (self._trace, getattr(engine, "annotate", None)) if hook is not None]
         span = both(*hooks) if len(hooks) == 2 else hooks[0] if hooks else off
         meters = Meters()
@@ -153,7 +159,15 @@ class Stream:
             span=span,
         )
         self._worker = Worker(
-            maker, self.config, timeline, fps=self._fps, live=self._live, born=born, meters=meters, span=span
+            maker,
+            self.config,
+            timeline,
+            fps=self._fps,
+            live=self._live,
+            born=born,
+            meters=meters,
+            span=span,
+            state=state,
         )
         self._stop = weakref.finalize(self, self._worker.close)
 
@@ -267,8 +281,7 @@ class Stream:
         born = perf_counter()
         engine, state = self._worker.branch()
         twin = copy(self)
-        twin._start(engine, state.timeline, Journal(0), None, born)
-        twin._worker.load(state)
+        twin._start(engine, state.timeline, Journal(0), None, born, state)
         twin._follow(state)
         return twin
 
@@ -366,6 +379,8 @@ class Stream:
     def _limits(self, reach: int) -> str:
         """How far back one can go, and why no further."""
         cap, entry = self._worker.journal_sizes()
+        if cap == 0:
+            return "it has no journal (journal_bytes=0)"
         if entry > cap:
             return f"the journal has {cap} bytes and one unit needs {entry}; make the stream with more journal_bytes"
         if reach > self.unit:

@@ -39,15 +39,16 @@ CALLED_OFF = 4
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A stream between two units: what the engine holds, what is made but not handed out, what comes next."""
+    """A stream after one of its frames: what the engine holds, what is made, what comes next."""
 
     engine: Any
     past: Past
     next: int
-    """The first unit that is not made."""
+    """The first unit that is not made: the one after the last frame handed out."""
     shown: int
-    """Index of the last frame handed out."""
+    """Index of that frame."""
     queue: tuple[Frame, ...]
+    """The rest of its unit."""
     timeline: Timeline
     journal: Journal | None = None
 
@@ -75,6 +76,7 @@ class Worker:
         born: float,
         meters: Meters,
         span: Hook,
+        state: State | None = None,
     ) -> None:
         self._maker, self._config, self._meters, self._span = maker, config, meters, span
         self._live, self._born = live, born
@@ -84,6 +86,8 @@ class Worker:
         self._clock = Clock(fps, live=live)
         self._queue: deque[Frame] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        if state is not None:
+            self._tasks.append((partial(self._load, state), Future()))
         self._listeners: list[Callable[[], None]] = []
         self._next = 0  # the first unit that is not started
         self._shown = -1  # index of the last frame handed out
@@ -445,8 +449,11 @@ class Worker:
         return unit, reach
 
     def _save(self, portable: bool) -> State:
+        """A unit that was made ahead is taken back, so that whoever goes on from here may still change it."""
         with self._lock:
-            unit, shown, timeline = self._next, max(self._shown, self._newest()), self._timeline.copy()
+            shown, timeline = max(self._shown, self._newest()), self._timeline.copy()
+            unit = self._config.unit_at(shown) + 1
+            self._forget_from(unit)
             queue = tuple(frame for frame in self._queue if frame.index > shown)
         engine, past = self._maker.save(unit, portable=portable)
         return State(engine=engine, past=past, next=unit, shown=shown, queue=queue, timeline=timeline)

@@ -99,6 +99,7 @@ class Engine(Protocol):
     """Those of `Spec.features` that it has; an engine that does not say has none."""
     precision: str
     """What it computes in, once it is prepared: never "auto"."""
+    # annotate: Hook | None, which an engine may have: entered around every stage (`cfrt.trace`), for its own profiler.
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:

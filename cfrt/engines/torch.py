@@ -26,6 +26,7 @@ from ..nn.reference_noise import ReferenceNoise
 from ..nn.ring import RingCache
 from ..nn.taehv import TAEHV
 from ..nn.tiles import Tiling
+from ..trace import Hook
 from ..weights import part
 from . import Memory, Spec, fit_memory
 
@@ -77,6 +78,7 @@ class TorchEngine:
         self._spec, self._config = replace(spec, weights={}), spec.config
         self.precision = "fp32" if spec.precision == "auto" else spec.precision
         self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
+        self.annotate: Hook | None = torch.cuda.nvtx.range if self._device.type == "cuda" else None
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)

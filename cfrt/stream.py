@@ -11,36 +11,34 @@ docs/control.md says exactly what each call does.
 
 import asyncio
 import json
-import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from time import perf_counter
 from typing import Literal, Self
 
 import numpy as np
 
 from . import students
-from .config import ModelConfig
+from .arguments import beat, changed, continuation, count, reader
 from .engines import Engine, Spec, choose
-from .errors import CfrtError, EngineError, VideoError
+from .errors import CfrtError, EngineError
 from .frame import Frame
 from .journal import Journal
 from .maker import Maker
 from .snapshot import Origin, Snapshot, portable
 from .stats import Meters, Stats
-from .text import Encoded, Text, UMT5Text, encoder
+from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
 from .trace import Hook, both, off
 from .weights import fingerprint, load_model
 from .worker import State, Worker
 
-__all__ = ["Change", "Snapshot", "Stream", "continuation"]
+__all__ = ["Change", "Snapshot", "Stream"]
 
 JOURNAL_BYTES = 64 * 2**20
 """What a stream keeps for going back: eleven minutes of the embedded student at 16 frames a second."""
@@ -113,9 +111,9 @@ class Stream:
         folder = students.find(model)
         config, weights = load_model(folder)
         self.config = changed(config, guidance, reference_compat)
-        self._text = encoder(self.config, weights, folder) if text is None else self._reader(text)
+        self._text = encoder(self.config, weights, folder) if text is None else reader(self.config, text)
         self._prompt, rows = prompt, self._encode(prompt).rows
-        self._fps, self._live, self._trace = self._beat(fps, keep), keep == "latest", trace
+        self._fps, self._live, self._trace = beat(self.config, fps, keep), keep == "latest", trace
         prefix = continuation(self.config, image, prefix)
         self._spec = Spec(
             config=self.config,
@@ -176,20 +174,20 @@ class Stream:
     def frames(self, n: int | None = None, seconds: float | None = None) -> Iterator[Frame]:
         """The next n frames, or `seconds` of video (exactly round(seconds * the model's fps) frames), or all there will
         ever be. A second call goes on where the first one stopped."""
-        count = self._count(n, seconds)
+        wanted = count(self.config, n, seconds)
         if not self._stop.alive:
             raise CfrtError("this stream is closed; make a new one")
-        return self._iterate(count)
+        return self._iterate(wanted)
 
     def __iter__(self) -> Iterator[Frame]:
         return self.frames()
 
     def aframes(self, n: int | None = None, seconds: float | None = None) -> AsyncIterator[Frame]:
         """`frames` for asyncio. Nothing blocks the loop, and a task that is cancelled while it waits loses no frame."""
-        count = self._count(n, seconds)
+        wanted = count(self.config, n, seconds)
         if not self._stop.alive:
             raise CfrtError("this stream is closed; make a new one")
-        return self._aiterate(count)
+        return self._aiterate(wanted)
 
     def __aiter__(self) -> AsyncIterator[Frame]:
         return self.aframes()
@@ -398,35 +396,6 @@ class Stream:
         encoded.warn(stacklevel=3)
         return encoded
 
-    def _count(self, n: int | None, seconds: float | None) -> int | None:
-        if n is not None and seconds is not None:
-            raise ValueError("expected n or seconds, got both")
-        if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-            raise ValueError(f"expected seconds >= 0, got {seconds}")
-        if n is not None and n < 0:
-            raise ValueError(f"expected n >= 0 frames, got {n}")
-        return n if seconds is None else round(seconds * self.config.fps)
-
-    def _beat(self, fps: float | str | None, keep: str) -> float | None:
-        """Frames a second, None for as fast as they are made."""
-        if keep not in ("all", "latest"):
-            raise ValueError(f'expected keep="all" or "latest", got {keep!r}')
-        if fps == "max":
-            if keep == "latest":
-                raise ValueError('keep="latest" needs a beat: give fps a number, or None for the model\'s own')
-            return None
-        beat = self.config.fps if fps is None else fps
-        if isinstance(beat, str) or not (math.isfinite(beat) and beat > 0):
-            raise ValueError(f'expected fps > 0, "max" or None, got {fps!r}')
-        return float(beat)
-
-    def _reader(self, text: Text | str | os.PathLike[str]) -> Text:
-        if not isinstance(text, str | os.PathLike):
-            return text
-        if self.config.text.kind != "umt5":
-            raise EngineError(f"{self.config.name!r} reads through its own table; there is no text encoder to give it")
-        return UMT5Text(self.config.text, [Path(text).expanduser()])
-
     def _null(self, negative: str | None) -> np.ndarray | None:
         """Text rows to lead away from, where the model is guided."""
         if not self.config.guided:
@@ -438,40 +407,3 @@ class Stream:
         if text.kind == "table" and not words.strip():
             return np.zeros((text.length, text.width), dtype=np.float32)
         return self._encode(words).rows
-
-
-def changed(config: ModelConfig, guidance: float | None, reference_compat: bool) -> ModelConfig:
-    """The config with what a stream may choose."""
-    if guidance is not None:
-        config = replace(config, guidance=guidance)
-    return config.as_reference() if reference_compat else config
-
-
-def continuation(config: ModelConfig, image: np.ndarray | None, prefix: np.ndarray | None) -> np.ndarray | None:
-    """The pictures that a stream goes on from, (T, H, W, 3) uint8, checked against the model; None for none."""
-    height, width = config.frame_size
-    if image is not None and prefix is not None:
-        raise ValueError("expected image or prefix, got both")
-    if image is not None:
-        if config.unit != 1:
-            raise EngineError(
-                f"only a frame-wise model can start from a picture; {config.name!r} makes units of {config.unit} "
-                f"latent frames"
-            )
-        if not isinstance(image, np.ndarray) or image.shape != (height, width, 3) or image.dtype != np.uint8:
-            got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise VideoError(
-                f"expected a picture ({height}, {width}, 3) uint8, got {got}; "
-                f"cfrt.video.read_picture(path, ({height}, {width})) makes one"
-            )
-        return image[None]
-    if prefix is None:
-        return None
-    if not isinstance(prefix, np.ndarray) or prefix.shape[1:] != (height, width, 3) or prefix.dtype != np.uint8:
-        got = f"{prefix.shape} {prefix.dtype}" if isinstance(prefix, np.ndarray) else type(prefix).__name__
-        raise VideoError(f"expected pictures (T, {height}, {width}, 3) uint8, got {got}")
-    units = config.unit_at(len(prefix) - 1) + 1
-    if len(prefix) == 0 or config.first_frame(units) != len(prefix):
-        fitting = ", ".join(str(config.first_frame(n)) for n in (1, 2, 3, max(4, units)))
-        raise VideoError(f"expected as many pictures as whole units have ({fitting}, ...), got {len(prefix)}; cut some")
-    return prefix

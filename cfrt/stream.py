@@ -25,6 +25,7 @@ import numpy as np
 
 from . import students
 from .arguments import beat, changed, continuation, count, reader
+from .clip import Clip, panel
 from .engines import Engine, Spec, choose
 from .errors import CfrtError, EngineError
 from .frame import Frame
@@ -179,6 +180,12 @@ class Stream:
             raise CfrtError("this stream is closed; make a new one")
         return self._iterate(wanted)
 
+    def clip(self, n: int | None = None, seconds: float | None = None) -> Clip:
+        """The next frames together, which a notebook plays. ValueError where there would be no end."""
+        if n is None and seconds is None:
+            raise ValueError("expected n frames or so many seconds, got neither")
+        return Clip(self.frames(n, seconds), self.config.fps)
+
     def __iter__(self) -> Iterator[Frame]:
         return self.frames()
 
@@ -323,6 +330,16 @@ class Stream:
     def __repr__(self) -> str:
         state = "" if self._stop.alive else ", closed"
         return f"Stream({self._prompt!r}, model={self.config.name!r}, engine={self.engine!r}, seed={self.seed}{state})"
+
+    def _repr_html_(self) -> str:
+        """Where the stream is, and the last frame handed out; looking at it takes no frame away."""
+        state = "closed" if not self._stop.alive else "paused" if self.paused else "playing"
+        facts = {
+            "prompt": self._prompt,
+            "model": f"{self.config.name} ({self.engine}, {self.precision}, seed {self.seed})",
+            "state": f"{state}, unit {self.unit}, can go back {self.reach}",
+        }
+        return panel(facts, self._worker.last_frame())
 
     # ------------------------------------------------------------------ parts
 

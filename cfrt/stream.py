@@ -29,7 +29,7 @@ from .clip import Clip, panel
 from .engines import Engine, Spec, choose
 from .errors import CfrtError, EngineError
 from .frame import Frame
-from .journal import Journal
+from .journal import Journal, evicted_bytes
 from .maker import Maker
 from .snapshot import Origin, Snapshot, portable
 from .stats import Meters, Stats
@@ -131,8 +131,9 @@ class Stream:
         chosen, self.refusals = choose(engine, self._spec)
         made = chosen()
         made.prepare(self._spec)
+        journal = Journal(journal_bytes, least=evicted_bytes(self.config))
         self.engine, self.precision, self.seed = chosen.name, made.precision, seed
-        self._start(made, Timeline(prompt, rows, seed), Journal(journal_bytes), prefix, born)
+        self._start(made, Timeline(prompt, rows, seed), journal, prefix, born)
 
     def _start(
         self,

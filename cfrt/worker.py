@@ -75,16 +75,18 @@ class Worker:
         self._timeline = timeline
         self._playback = Playback(config, fps, live=live)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        if state is not None:
-            self._tasks.append((partial(self._load, state), Future()))
         self._listeners: list[Callable[[], None]] = []
         self._next = 0  # the first unit that is not started
         self._called_off = 0  # times that the unit after the one on show was taken back
         self._awaited: tuple[int, float] | None = None  # unit of the last change of prompt, when it was asked for
         self._closed = False
         self._error: BaseException | None = None
+        with self._lock:
+            loaded = None if state is None else self._post(partial(self._load, state))
         self._thread = threading.Thread(target=self._run, name="cfrt-stream", daemon=True)
         self._thread.start()
+        if loaded is not None:
+            loaded.result()  # before anybody asks where the stream is
 
     # ------------------------------------------------------------------ the consumer's side: frames
 

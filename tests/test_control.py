@@ -192,6 +192,7 @@ class Control(RuleBasedStateMachine):
     def branch(self, ahead: int) -> None:
         """The old stream is checked and left; the branch goes on."""
         twin = self.stream.branch()
+        assert (twin.unit, twin.reach, twin.changes[-1]) == (self.unit, self.stream.reach, self.stream.changes[-1])
         seen = list(self.seen)
         self.resume()
         self.watch(ahead)

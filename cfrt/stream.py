@@ -31,7 +31,7 @@ from .errors import CfrtError, EngineError
 from .frame import Frame
 from .journal import Journal, evicted_bytes
 from .maker import Maker
-from .snapshot import Origin, Snapshot, portable
+from .snapshot import Origin, Snapshot, in_fp32
 from .stats import Meters, Stats
 from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
@@ -270,7 +270,9 @@ class Stream:
         Exact, for a stream of the same model, engine and precision, which then goes on bit for bit; or `portable`: keys
         and values as fp32 by frame, for any engine and for a file (`Snapshot.save`). A portable one is as exact where
         the engine keeps no more than fp32."""
-        return self._snapshot(portable)
+        self._refuse_compat("take snapshots")
+        state = self._worker.save(portable=portable)
+        return Snapshot(self._origin, in_fp32(state) if portable else state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on as the snapshot's stream did, with its prompt and seed, at this stream's pace, paused if it is. What
@@ -370,10 +372,6 @@ class Stream:
                     continue
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), due.wait)
-
-    def _snapshot(self, on_host: bool) -> Snapshot:
-        state = self._worker.save(portable=on_host)
-        return Snapshot(self._origin, portable(state) if on_host else state)
 
     @cached_property
     def _origin(self) -> Origin:

@@ -158,6 +158,10 @@ class Stream:
         self._prompt = text
         return Change(unit, None if cost is None else 1000 * cost)
 
+    def read(self, text: str) -> Encoded:
+        """How the model reads a prompt: the words that it understood and, in `notes`, those that it did not."""
+        return self._text.encode(text)
+
     def snapshot(self) -> Snapshot:
         """The exact state after the last frame handed out; commits first what is still to be committed."""
         return Snapshot(self._identity, self._worker.save())

@@ -82,8 +82,8 @@ class Live:
         frame = shot.frame
         if frame.unit != self._unit:
             self._unit = frame.unit
-            unit = {"unit": frame.unit, "time": frame.time, "latency": 1000 * frame.latency, "prompt": frame.prompt}
-            await self._say({"type": "unit", **unit})
+            told = {"unit": frame.unit, "tick": shot.tick, "latency": 1000 * frame.latency, "prompt": frame.prompt}
+            await self._say({"type": "unit", **told})
         if self._viewer.jpeg:
             head = HEADER.pack(
                 frame.index, frame.unit, shot.tick & 0xFFFFFFFF, min(round(1e6 * frame.latency), 2**32 - 1)

@@ -85,6 +85,9 @@ class Offer(Wire):
 
     sdp: str = Field(max_length=20_000)
     type: Literal["offer", "answer"]
+    stamped: bool = Field(
+        False, description="Draw each frame's tick below it (cfrt/serve/rtc.py), as the page wants it."
+    )
 
 
 class Percentiles(Wire):

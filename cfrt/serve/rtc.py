@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import numpy as np
 from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
@@ -30,6 +31,9 @@ CLOCK = 90_000
 SMALLEST = 128
 """Pixels of the shorter side, by a whole factor: with half the chroma a small frame would lose its colours' edges."""
 
+CELL, BITS = 8, 16
+"""Of the strip that says which frame it is: pixels along a cell, cells. page/video.js reads it."""
+
 PATIENCE = 15.0
 """Seconds in which a connection must come about."""
 
@@ -39,9 +43,9 @@ class LiveTrack(MediaStreamTrack):
 
     kind = "video"
 
-    def __init__(self, viewer: Viewer, fps: float) -> None:
+    def __init__(self, viewer: Viewer, fps: float, *, stamped: bool) -> None:
         super().__init__()
-        self._viewer, self._fps = viewer, fps
+        self._viewer, self._fps, self._stamped = viewer, fps, stamped
 
     async def recv(self) -> av.VideoFrame:
         shot = await self._viewer.shot()
@@ -49,7 +53,8 @@ class LiveTrack(MediaStreamTrack):
             self.stop()
             raise MediaStreamError
         pixels = shot.frame.pixels
-        frame = av.VideoFrame.from_ndarray(enlarge(pixels, -(-SMALLEST // min(pixels.shape[:2]))), format="rgb24")
+        pixels = enlarge(pixels, -(-SMALLEST // min(pixels.shape[:2])))
+        frame = av.VideoFrame.from_ndarray(stamped(pixels, shot.tick) if self._stamped else pixels, format="rgb24")
         frame.pts, frame.time_base = round(shot.tick * CLOCK / self._fps), Fraction(1, CLOCK)
         return frame
 
@@ -70,7 +75,7 @@ class Peers:
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._open.add(peer)
         try:
-            await self._negotiate(peer, offer, LiveTrack(viewer, session.fps))
+            await self._negotiate(peer, offer, LiveTrack(viewer, session.fps, stamped=offer.stamped))
         except Exception as error:
             session.leave(viewer)
             await self._forget(peer)
@@ -135,6 +140,16 @@ class Peers:
     async def _forget(self, peer: RTCPeerConnection) -> None:
         self._open.discard(peer)
         await peer.close()
+
+
+def stamped(pixels: np.ndarray, tick: int) -> np.ndarray:
+    """A strip below the picture: the tick's low bits as white and black cells, least first. A browser does not say
+    which frame of a track it shows; this does, through any codec, and so the time from a change to its pixels can be
+    measured where they are seen."""
+    bits = (tick >> np.arange(BITS)) & 1
+    strip = np.zeros((CELL, pixels.shape[1], 3), dtype=np.uint8)
+    strip[:, : BITS * CELL] = 255 * bits.repeat(CELL)[None, :, None]
+    return np.concatenate([pixels, strip])
 
 
 def without_candidates(sdp: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Any, Literal
 
+import uvicorn
 from fastapi import Depends, FastAPI, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
@@ -93,6 +94,21 @@ def create_app(
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_middleware(Guard, limits=limits, token=token, hosts=hosts)
     return app
+
+
+def settings(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+    """How uvicorn runs it."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,  # addresses may hold tokens
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        ws_max_size=2 * Limits.message_bytes,  # ours is the one with words
+        ws_per_message_deflate=False,  # JPEG does not shrink
+    )
 
 
 def _routes(app: FastAPI, sessions: Registry, peers: Peers, limits: Limits, card: messages.ModelCard) -> None:
@@ -245,7 +261,7 @@ class Watching(StreamingResponse):
 
 async def mjpeg(viewer: Viewer) -> AsyncIterator[bytes]:
     while (shot := await viewer.shot()) is not None:
-        yield formats.part(shot.jpeg, shot.frame.index, shot.frame.unit)
+        yield formats.part(shot.jpeg, shot.frame)
 
 
 async def mp4(viewer: Viewer, fps: float, scale: int) -> AsyncIterator[bytes]:

@@ -51,7 +51,7 @@ class Serve:
         try:
             import uvicorn
 
-            from .app import create_app
+            from .app import create_app, settings
             from .guard import loopback
             from .limits import Limits
         except ImportError as error:
@@ -67,17 +67,7 @@ class Serve:
             hosts=frozenset({"localhost", "127.0.0.1", "::1", *self.allow_host}) if alone else None,
             addresses=None if self.host in ANYWHERE else ["127.0.0.1" if alone else self.host],
         )
-        config = uvicorn.Config(
-            app,
-            host=self.host,
-            port=self.port,
-            log_level="warning",
-            access_log=False,  # addresses may hold tokens
-            ws_max_size=64 << 10,
-            ws_per_message_deflate=False,  # JPEG does not shrink
-            timeout_graceful_shutdown=2,
-            server_header=False,
-        )
+        config = settings(app, self.host, self.port)
         socket = config.bind_socket()
         port = socket.getsockname()[1]
         where = "localhost" if self.host in ANYWHERE else f"[{self.host}]" if ":" in self.host else self.host

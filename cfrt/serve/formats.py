@@ -2,12 +2,14 @@
 
 import io
 from fractions import Fraction
+from urllib.parse import quote
 
 import av
 import numpy as np
 from av.video.stream import VideoStream
 
 from ..encoders import BT709
+from ..frame import Frame
 from ..picture import enlarge, fitted
 from .refusal import Refusal
 
@@ -41,16 +43,18 @@ def read_jpeg(data: bytes) -> np.ndarray:
     return frames[0].to_ndarray(format="rgb24")
 
 
-def part(data: bytes, index: int, unit: int) -> bytes:
-    """One JPEG of a multipart stream, with its place in the stream."""
-    lines = (
-        f"--{BOUNDARY}",
-        "Content-Type: image/jpeg",
-        f"Content-Length: {len(data)}",
-        f"X-Index: {index}",
-        f"X-Unit: {unit}",
-    )
-    return "\r\n".join((*lines, "", "")).encode() + data + b"\r\n"
+def part(data: bytes, frame: Frame) -> bytes:
+    """One JPEG of a multipart stream, with what is known about the frame."""
+    head = {
+        "Content-Type": "image/jpeg",
+        "Content-Length": len(data),
+        "X-Index": frame.index,
+        "X-Unit": frame.unit,
+        "X-Latency": f"{frame.latency:.6f}",
+        "X-Prompt": quote(frame.prompt),
+    }
+    lines = (f"--{BOUNDARY}", *(f"{name}: {value}" for name, value in head.items()), "", "")
+    return "\r\n".join(lines).encode() + data + b"\r\n"
 
 
 class Fragments:

@@ -33,8 +33,6 @@ class Limits:
     """New streams (branches and restarts included) from one address."""
     messages_per_second: float = 40.0
     """Requests and WebSocket messages that steer a stream, from one address."""
-    history: int = 64
-    """Changes of prompt that a stream remembers for its timeline."""
 
 
 class Bucket:

@@ -45,7 +45,7 @@ class Control(Wire):
         False, description="From the first frame, with the seed and prompt given here or the present ones."
     )
     rewind: int | None = Field(
-        None, ge=0, le=10**6, description="Go back by so many units; `reach` says how far one can."
+        None, ge=1, le=10**6, description="Go back over so many units; `reach` says how far one can."
     )
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Other noise from the next unit on.")
     prompt: str | None = Field(None, description="What the video shows from the next unit on.")
@@ -56,7 +56,7 @@ class Control(Wire):
         False, description="Read the past anew under the new prompt, so that it lets go of the old one."
     )
     paused: bool | None = Field(None, description="Wait, or go on.")
-    step: int | None = Field(None, ge=1, le=64, description="Show so many units, then wait again.")
+    step: int | None = Field(None, ge=1, le=64, description="Wait, after so many units more.")
 
     _readable = field_validator("prompt")(readable)
 

@@ -7,7 +7,7 @@ from secrets import token_urlsafe
 from ..stream import Stream
 from .limits import Limits
 from .refusal import Refusal, no_such
-from .session import Make, Past, Session
+from .session import Make, Session
 
 SWEEP = 1.0
 """Seconds between looks for idle streams."""
@@ -29,28 +29,22 @@ class Registry:
         """Refusal 404 when there is none of that id, or no longer."""
         if name not in self._sessions:
             raise no_such("a stream", name)
-        session = self._sessions[name]
-        return session
+        return self._sessions[name]
 
     async def new(self, prompt: str, seed: int, paused: bool) -> Session:
         """A session with a stream of its own."""
         with _Place(self):
             stream = await asyncio.to_thread(self._make, prompt, seed=seed)
-        past = Past(self.limits.history)
-        past.change(0, prompt)
-        session = self._admit(stream, prompt, seed, past)
-        session.notes = stream.read(prompt).notes
         if paused:
             stream.pause()
-        return session
+            stream.step()
+        return self._admit(stream, prompt, seed)
 
     async def branch(self, trunk: Session) -> Session:
         """A session that goes on from what the trunk shows, in its own way."""
         with _Place(self):
-            stream, past = await asyncio.to_thread(trunk.branch)
-        session = self._admit(stream, trunk.prompt, trunk.seed, past)
-        session.notes = trunk.notes
-        return session
+            stream = await asyncio.to_thread(trunk.branch)
+        return self._admit(stream, trunk.prompt, trunk.seed)
 
     async def remove(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is not None:
@@ -70,8 +64,8 @@ class Registry:
         for session in self:
             await self.remove(session)
 
-    def _admit(self, stream: Stream, prompt: str, seed: int, past: Past) -> Session:
-        session = Session(token_urlsafe(16), self._make, self.limits, stream, prompt, seed, past)
+    def _admit(self, stream: Stream, prompt: str, seed: int) -> Session:
+        session = Session(token_urlsafe(16), self._make, self.limits, stream, prompt, seed)
         self._sessions[session.id] = session
         self.made += 1
         return session

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -25,35 +24,20 @@ from .refusal import Refusal
 
 log = logging.getLogger(__name__)
 
+TIMELINE = 64
+"""Changes of prompt, the last ones, that a page hears of."""
+
 Make = Callable[..., Stream]
 """(prompt, seed=, image=) -> Stream: how this server makes its streams."""
-
-
-@dataclass
-class Past:
-    """Which prompt held from which unit: what a page draws under the video."""
-
-    most: int
-    marks: list[tuple[int, str]] = field(default_factory=list)
-
-    def change(self, unit: int, prompt: str) -> None:
-        """As the stream's own timeline: the latest change removes all that would start with it or later."""
-        self.cut(unit)
-        self.marks = [*self.marks, (unit, prompt)][-self.most :]
-
-    def cut(self, unit: int) -> None:
-        self.marks = [mark for mark in self.marks if mark[0] < unit]
 
 
 class Session:
     """One stream and everybody who watches it."""
 
-    def __init__(
-        self, name: str, make: Make, limits: Limits, stream: Stream, prompt: str, seed: int, past: Past
-    ) -> None:
-        self.id, self.limits, self.prompt, self.seed, self.past = name, limits, prompt, seed, past
+    def __init__(self, name: str, make: Make, limits: Limits, stream: Stream, prompt: str, seed: int) -> None:
+        self.id, self.limits, self.prompt, self.seed = name, limits, prompt, seed
         self.broadcast, self.overhead = Broadcast(), Recent()
-        self.notes: list[str] = []
+        self.notes = stream.read(prompt).notes
         self.recorder: Recorder | None = None
         self.error: str | None = None
         self.touched = monotonic()
@@ -142,7 +126,7 @@ class Session:
             "paused": stream.paused,
             "unit": stream.unit,
             "reach": stream.reach,
-            "timeline": [{"unit": unit, "prompt": prompt} for unit, prompt in self.past.marks],
+            "timeline": [{"unit": unit, "prompt": prompt} for unit, prompt in stream.changes[-TIMELINE:]],
             "viewers": len(self.broadcast.viewers),
             "recording": None if self.recorder is None else self.recorder.state(),
             "notes": self.notes,
@@ -178,8 +162,10 @@ class Session:
                 self._restart(wish.prompt or self.prompt, self.seed if wish.seed is None else wish.seed)
             else:
                 change = self._steer(wish)
-            if wish.paused is not None:
-                self._stream.pause() if wish.paused else self._stream.resume()
+            if wish.paused or wish.step is not None:
+                self._stream.pause()
+            elif wish.paused is False:
+                self._stream.resume()
             if wish.step is not None:
                 self._stream.step(wish.step)
         self._loop.call_soon_threadsafe(self.tell)
@@ -192,43 +178,39 @@ class Session:
             self._restart(self.prompt, self.seed, image=image)
         self._loop.call_soon_threadsafe(self.tell)
 
-    def branch(self) -> tuple[Stream, Past]:
+    def branch(self) -> Stream:
         """A second future of what has been shown so far."""
         with self._lock:
             self._check_alive()
-            return self._stream.branch(), Past(self.past.most, list(self.past.marks))
+            return self._stream.branch()
 
     def _steer(self, wish: messages.Control) -> Change | None:
         stream = self._stream
         if wish.rewind is not None:
             unit = stream.rewind(wish.rewind)
-            self.past.cut(unit + 1)
-            self.prompt = self.past.marks[-1][1] if self.past.marks else self.prompt
+            self._reads(next(text for start, text in reversed(stream.changes) if start <= unit))
         if wish.seed is not None:
             stream.reseed(wish.seed)
             self.seed = wish.seed
         if wish.prompt is None:
             return None
         change = stream.prompt(wish.prompt, blend_units=wish.blend_units, recache=wish.recache)
-        self._now_shows(change.unit, wish.prompt)
+        self._reads(wish.prompt)
         return change
 
     def _restart(self, prompt: str, seed: int, image: np.ndarray | None = None) -> None:
         old, paused = self._stream, self._stream.paused
         self._stream = self._make(prompt, seed=seed, image=image)
         self.seed = seed
-        self.past.cut(0)
-        self._now_shows(0, prompt)
+        self._reads(prompt)
         if paused:
             self._stream.pause()
         self._play(self._stream)
         self._nudge()
         old.close()
 
-    def _now_shows(self, unit: int, prompt: str) -> None:
-        self.prompt = prompt
-        self.past.change(unit, prompt)
-        self.notes = self._stream.read(prompt).notes
+    def _reads(self, prompt: str) -> None:
+        self.prompt, self.notes = prompt, self._stream.read(prompt).notes
 
     def _check_prompt(self, prompt: str) -> None:
         if len(prompt) > self.limits.prompt:

@@ -139,7 +139,7 @@ function showStats() {
   const { stats, firstFrame, changes } = current;
   if (!stats) return;
   const measured = changes.at(-1)?.ms ?? stats.change_to_pixel.p50;
-  for (const [id, ms] of [["first", firstFrame], ["p50", stats.unit.p50], ["p99", stats.unit.p99], ["change", measured]])
+  for (const [id, ms] of [["first", firstFrame], ["p50", stats.unit.p50], ["p99", stats.unit.p99], ["change", measured], ["overhead", stats.overhead.p50]])
     number($(`t-${id}`), ms);
   $("t-dropped").textContent = stats.dropped;
 }

@@ -164,13 +164,13 @@ export class View extends EventTarget {
     } else if (type === "state") {
       this.state = message;
       this.stats = message.stats;
-      this.element.querySelector(".words").textContent = message.prompt;
-      this.canvas.setAttribute("aria-label", `Live video: ${message.prompt}`);
       this.emit("state");
     }
   }
 
-  hearUnit({ unit, tick, latency }) {
+  hearUnit({ unit, tick, latency, prompt }) {
+    this.element.querySelector(".words").textContent = prompt;
+    this.canvas.setAttribute("aria-label", `Live video: ${prompt}`);
     if (unit <= this.unit) this.forget(unit); // rewound or restarted
     this.starts.push({ tick, unit });
     if (this.starts.length > 64) this.starts.shift();

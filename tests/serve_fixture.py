@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 import websockets.sync.client as ws
 
-from cfrt.serve.app import create_app, settings
+from cfrt.serve.app import create_app, listen, settings
 from cfrt.serve.making import streams
 
 PROMPT = "a large red circle moving left"
@@ -44,11 +44,11 @@ class Served:
 
 
 @contextmanager
-def running(*, token: str | None = None, **options: Any) -> Iterator[Served]:
+def running(*, token: str | None = None, port: int = 0, **options: Any) -> Iterator[Served]:
     make, card = streams(threads=1)
     app = create_app(make, card, token=token, hosts=HOSTS, addresses=["127.0.0.1"], **options)
-    config = settings(app, "127.0.0.1", 0)
-    socket = config.bind_socket()
+    config = settings(app, "127.0.0.1", port)
+    socket = listen(config)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()

@@ -199,7 +199,8 @@ def test_curl_reads_the_jpegs(served: Served, name: str) -> None:
 def test_a_jpeg_keeps_the_edges_of_colours() -> None:
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[8:21, 8:21] = (230, 30, 20)
-    assert np.abs(formats.read_jpeg(formats.jpeg(pixels)).astype(int) - pixels).max() < 12
+    worst = np.abs(formats.read_jpeg(formats.jpeg(pixels)).astype(int) - pixels).max()
+    assert worst < 24  # with half the chroma it is about 100
 
 
 def test_a_recording_is_what_was_shown(served: Served, name: str) -> None:

@@ -3,6 +3,7 @@ every error is an answer (`cfrt.serve.refusal`), never a traceback."""
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -35,6 +36,10 @@ from .session import Make, Session
 log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
+
+SEND_BUFFER = 64 << 10
+"""Bytes that the kernel keeps for a connection; left to itself it keeps megabytes, minutes of a small video: a slow
+viewer would see the distant past, and what it misses would never be dropped."""
 
 ABOUT = """
 A prompt becomes a live video stream; every stream here can be watched by many and steered while it plays.
@@ -109,6 +114,14 @@ def settings(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         ws_max_size=2 * Limits.message_bytes,  # ours is the one with words
         ws_per_message_deflate=False,  # JPEG does not shrink
     )
+
+
+def listen(config: uvicorn.Config) -> socket.socket:
+    """The socket that uvicorn serves, taking connections from now on."""
+    bound = config.bind_socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    bound.listen(config.backlog)
+    return bound
 
 
 def _routes(app: FastAPI, sessions: Registry, peers: Peers, limits: Limits, card: messages.ModelCard) -> None:

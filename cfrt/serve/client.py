@@ -71,7 +71,7 @@ class Client:
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            return urlopen(Request(self.url + path, data, headers, method=method), timeout=timeout)  # type: ignore[no-any-return]
+            return urlopen(Request(self.url + path, data, headers, method=method), timeout=timeout)
         except HTTPError as error:
             with error:
                 raise ServerError(error.code, _words(error)) from error

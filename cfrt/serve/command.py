@@ -51,7 +51,7 @@ class Serve:
         try:
             import uvicorn
 
-            from .app import create_app, settings
+            from .app import create_app, listen, settings
             from .guard import loopback
             from .limits import Limits
         except ImportError as error:
@@ -68,7 +68,7 @@ class Serve:
             addresses=None if self.host in ANYWHERE else ["127.0.0.1" if alone else self.host],
         )
         config = settings(app, self.host, self.port)
-        socket = config.bind_socket()
+        socket = listen(config)
         port = socket.getsockname()[1]
         where = "localhost" if self.host in ANYWHERE else f"[{self.host}]" if ":" in self.host else self.host
         print(f"cfrt serve: http://{where}:{port}/{f'#token={token}' if token else ''}", flush=True)

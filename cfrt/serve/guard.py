@@ -60,7 +60,7 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check(scope, headers)
-            body = self._capped(scope, headers, receive)
+            body = await self._body(scope, headers, receive)
         except Refusal as refusal:
             return await _turn_away(refusal, scope, receive, send)
         await self._app(scope, body, _with_headers(send))
@@ -83,25 +83,26 @@ class Guard:
             do = "send the header 'Authorization: Bearer TOKEN' or ?token=TOKEN; the server printed it when it started"
             raise Refusal(401, expected="this server's token", got="another or none", do=do)
 
-    def _capped(self, scope: Scope, headers: dict[str, str], receive: Receive) -> Receive:
-        """A `receive` that ends a request whose body is larger than it may be, announced or not."""
-        if scope["type"] != "http":
+    async def _body(self, scope: Scope, headers: dict[str, str], receive: Receive) -> Receive:
+        """A `receive` that gives the whole body at once. Refusal when it is larger than it may be, announced or not."""
+        if scope["type"] != "http" or not {"content-length", "transfer-encoding"} & headers.keys():
             return receive
         most = self._limits.image_bytes if scope["path"].endswith("/image") else self._limits.message_bytes
         announced = headers.get("content-length", "0")
         if not announced.isdigit() or int(announced[:20]) > most:
             raise _too_large(most, f"{announced} bytes")
-        read = 0
-
-        async def counted() -> MutableMapping[str, Any]:
-            nonlocal read
+        body, more = b"", True
+        while more:
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > most:
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > most:
                 raise _too_large(most, "more")
-            return message
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
 
-        return counted
+        async def replayed() -> MutableMapping[str, Any]:
+            return pending.pop() if pending else await receive()
+
+        return replayed
 
 
 def _too_large(most: int, got: str) -> Refusal:

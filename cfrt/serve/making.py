@@ -1,8 +1,9 @@
 """How a server makes its streams, and what it tells visitors about them."""
 
 import warnings
-from functools import partial
 from typing import Any
+
+import numpy as np
 
 from ..stream import Stream
 from ..text import PromptWarning
@@ -16,7 +17,10 @@ def streams(**options: Any) -> tuple[Make, dict[str, Any]]:
     Makes one, and so finds out before anybody comes whether it can be done, by which engine, and in which precision.
     What a model does not understand of a prompt is told to whoever wrote it; it is no warning of this process."""
     warnings.simplefilter("ignore", PromptWarning)
-    make = partial(Stream, **options)
+
+    def make(prompt: str, *, seed: int = 0, image: np.ndarray | None = None) -> Stream:
+        return Stream(prompt, seed=seed, image=image, **options)
+
     with make("a red circle moving left") as probe:
         config = probe.config
         height, width = config.frame_size

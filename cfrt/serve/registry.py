@@ -35,16 +35,17 @@ class Registry:
         """A session with a stream of its own."""
         with _Place(self):
             stream = await asyncio.to_thread(self._make, prompt, seed=seed)
+            notes = await asyncio.to_thread(stream.read, prompt)
         if paused:
             stream.pause()
             stream.step()
-        return self._admit(stream, prompt, seed)
+        return self._admit(stream, prompt, seed, notes.notes)
 
     async def branch(self, trunk: Session) -> Session:
         """A session that goes on from what the trunk shows, in its own way."""
         with _Place(self):
             stream = await asyncio.to_thread(trunk.branch)
-        return self._admit(stream, trunk.prompt, trunk.seed)
+        return self._admit(stream, trunk.prompt, trunk.seed, trunk.notes)
 
     async def remove(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is not None:
@@ -64,8 +65,8 @@ class Registry:
         for session in self:
             await self.remove(session)
 
-    def _admit(self, stream: Stream, prompt: str, seed: int) -> Session:
-        session = Session(token_urlsafe(16), self._make, self.limits, stream, prompt, seed)
+    def _admit(self, stream: Stream, prompt: str, seed: int, notes: list[str]) -> Session:
+        session = Session(token_urlsafe(16), self._make, self.limits, stream, prompt, seed, notes)
         self._sessions[session.id] = session
         self.made += 1
         return session

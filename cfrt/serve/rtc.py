@@ -85,7 +85,7 @@ class Peers:
         task = asyncio.create_task(self._watch(peer, session, viewer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return Offer(sdp=peer.localDescription.sdp, type="answer")
+        return Offer(sdp=peer.localDescription.sdp, type="answer", stamped=offer.stamped)
 
     async def close(self) -> None:
         for task in tuple(self._tasks):

@@ -7,9 +7,9 @@ watches, so a forgotten stream costs nothing. Control comes from any thread, one
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from itertools import count
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,17 +27,22 @@ log = logging.getLogger(__name__)
 TIMELINE = 64
 """Changes of prompt, the last ones, that a page hears of."""
 
-Make = Callable[..., Stream]
-"""(prompt, seed=, image=) -> Stream: how this server makes its streams."""
+
+class Make(Protocol):
+    """How a server makes its streams."""
+
+    def __call__(self, prompt: str, *, seed: int = 0, image: np.ndarray | None = None) -> Stream: ...
 
 
 class Session:
     """One stream and everybody who watches it."""
 
-    def __init__(self, name: str, make: Make, limits: Limits, stream: Stream, prompt: str, seed: int) -> None:
+    def __init__(
+        self, name: str, make: Make, limits: Limits, stream: Stream, prompt: str, seed: int, notes: list[str]
+    ) -> None:
         self.id, self.limits, self.prompt, self.seed = name, limits, prompt, seed
         self.broadcast, self.overhead = Broadcast(), Recent()
-        self.notes = stream.read(prompt).notes
+        self.notes = notes
         self.recorder: Recorder | None = None
         self.error: str | None = None
         self.touched = monotonic()
@@ -45,7 +50,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # one control at a time
         self._wake = threading.Condition()  # of the thread that plays: watched, replaced, closed
-        self._tick = 0
+        self._ticks = count(1)
         self._closed = False
         self._play(stream)
 
@@ -189,6 +194,8 @@ class Session:
         if wish.rewind is not None:
             unit = stream.rewind(wish.rewind)
             self._reads(next(text for start, text in reversed(stream.changes) if start <= unit))
+            if stream.paused:
+                stream.step()  # shows where it is now
         if wish.seed is not None:
             stream.reseed(wish.seed)
             self.seed = wish.seed
@@ -235,8 +242,7 @@ class Session:
         try:
             for frame in stream.frames():
                 begin = perf_counter()
-                self._tick += 1
-                shot = Shot(frame, self._tick)
+                shot = Shot(frame, next(self._ticks))
                 if self.broadcast.wants_jpeg:
                     _ = shot.jpeg
                 self._loop.call_soon_threadsafe(self._arrived, stream, shot, begin)

@@ -1,4 +1,5 @@
-"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
+"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`, serve in
+`cfrt.serve.command`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -24,6 +25,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, Us
 from . import __version__
 from .errors import CfrtError, VideoError
 from .model_commands import Convert, Plan, Pull
+from .serve.command import Serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -271,6 +273,7 @@ class Models:
 
 Command = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Pull, subcommand("pull")]

@@ -223,6 +223,10 @@ class Stream:
         self._prompt = text
         return Change(unit, None if cost is None else 1000 * cost)
 
+    def read(self, text: str) -> Encoded:
+        """How the model reads a prompt: the words that it understood and, in `notes`, those that it did not."""
+        return self._text.encode(text)
+
     def reseed(self, seed: int) -> Change:
         """Other noise from the first unit on of which no frame has been handed out."""
         if not 0 <= seed <= MAX_SEED:

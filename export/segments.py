@@ -5,7 +5,7 @@ projections to q, k and v and right before the one to the output; RMS norm of q 
 and the attention over it are the host's kernels.
 
     text_kv                        once a prompt: the rows of text to keys and values of all layers
-    head                           latents and time to tokens; layer 0 up to q, k, v
+    head                           latents and time to tokens; layer 0 up to q, k and v
     mid_0 .. mid_{depth - 2}       layer i from the attention's answer on, layer i + 1 up to q, k, v
     tail                           the last layer from the attention's answer on, and the way back to latents: velocity
     decoder_start, decoder         a latent frame to pixels; the first of a clip apart where that is another graph (Wan)
@@ -69,7 +69,7 @@ def starts_apart(decoder: str) -> bool:
 
 def _text_kv(config: ModelConfig, precision: str) -> Segment:
     text, act = config.text, activations(precision)
-    shape = (config.depth, config.heads, text.length, config.head_dim)
+    shape = (config.depth, text.length, config.width)
     rows = Port(name="rows", shape=(text.length, text.width), dtype="fp32")
     return _segment("text_kv", [rows], [Port(name=name, shape=shape, dtype=act) for name in ("text_k", "text_v")])
 
@@ -78,14 +78,14 @@ def _head(config: ModelConfig, precision: str) -> Segment:
     act = activations(precision)
     time = Port(name="time", shape=(1, config.time_width), dtype="fp32")
     embedding = Port(name="embedding", shape=(1, config.width), dtype=act)
-    outputs = [_tokens(config, act, "x"), *_qkv(config, act), _modulation(config, act), embedding]
+    outputs = [_tokens(config, act, "x"), _qkv(config, act), _modulation(config, act), embedding]
     return _segment("head", [_latents(config, "latents"), time], outputs)
 
 
 def _mid(config: ModelConfig, precision: str, layer: int) -> Segment:
     act = activations(precision)
     inputs = [*_layer_inputs(config, act), *_text(config, act, layer)]
-    return _segment(f"mid_{layer}", inputs, [_tokens(config, act, "x"), *_qkv(config, act)])
+    return _segment(f"mid_{layer}", inputs, [_tokens(config, act, "x"), _qkv(config, act)])
 
 
 def _tail(config: ModelConfig, precision: str) -> Segment:
@@ -103,8 +103,9 @@ def _tokens(config: ModelConfig, act: str, name: str) -> Port:
     return Port(name=name, shape=(config.unit * config.frame_tokens, config.width), dtype=act)
 
 
-def _qkv(config: ModelConfig, act: str) -> list[Port]:
-    return [_tokens(config, act, name) for name in "qkv"]
+def _qkv(config: ModelConfig, act: str) -> Port:
+    """Rows of [q | k | v]: one product makes all three, and the kernels read with a stride."""
+    return Port(name="qkv", shape=(config.unit * config.frame_tokens, 3 * config.width), dtype=act)
 
 
 def _modulation(config: ModelConfig, act: str) -> Port:
@@ -112,7 +113,7 @@ def _modulation(config: ModelConfig, act: str) -> Port:
 
 
 def _text(config: ModelConfig, act: str, layer: int) -> list[Port]:
-    shape = (config.heads, config.text.length, config.head_dim)
+    shape = (config.text.length, config.width)
     return [Port(name=name, shape=shape, dtype=act, row=layer) for name in ("text_k", "text_v")]
 
 

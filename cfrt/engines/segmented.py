@@ -73,7 +73,7 @@ class Device(Protocol):
         ...
 
     def append(self, layer: int) -> None:
-        """RMS norm and rotation of the buffers `q` and `k`; keys and values into the slots of the opened unit."""
+        """RMS norm and rotation of q and k, rows of the buffer `qkv`; keys and values into the opened unit's slots."""
         ...
 
     def attend(self, layer: int) -> None:

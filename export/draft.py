@@ -112,7 +112,9 @@ def check_space(out: Path, needed: int) -> None:
     place = next(path for path in out.absolute().parents if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise ExportError(f"expected {needed / 1e9:.2f} GB of free disk at {place}, found {free / 1e9:.2f} GB; free some")
+        raise ExportError(
+            f"expected {needed / 1e9:.2f} GB of free disk at {place}, found {free / 1e9:.2f} GB; free some"
+        )
 
 
 def key(*parts: str | bytes) -> str:

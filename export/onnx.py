@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import tyro
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 from tqdm import tqdm
 
 from cfrt import __version__, memory
@@ -36,8 +36,9 @@ from .sources import Source, find
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RATE = 60e6
-"""Bytes a second that graphs are built and written at, and `SECONDS` for each that PyTorch's exporter writes."""
-SECONDS = 8.0
+"""Bytes a second that graphs are built and written at."""
+SECONDS = {"tiny": 1.0, "taehv": 3.0, "wan": 8.0}
+"""That PyTorch's exporter needs for one graph of such an autoencoder."""
 FREE = 256 << 20
 """Bytes that a disk must have left over."""
 CODE = ("graph", "transformer", "pixels", "segments")
@@ -94,7 +95,7 @@ class Export:
                 bar.update(self.sizes[segment.name])
         tensors = outside(self.source, self.precision)
         content = key(*(part for name, array in tensors.items() for part in (name, array.tobytes())))
-        made.make(TENSORS, content, lambda path: save_file(dict(tensors), path))
+        made.make(TENSORS, content, lambda path: path.write_bytes(to_safetensors(tensors)))
 
     def _write(self, segment: Segment, path: Path) -> None:
         onnx.save(build(segment, self.source, self.precision), path)
@@ -115,8 +116,9 @@ class Export:
     def __str__(self) -> str:
         config, total = self.source.config, sum(self.sizes.values())
         height, width = config.frame_size
-        exported = sum(segment.name in PIXELS for segment in self.segments)
-        seconds = total / RATE + SECONDS * exported
+        exported = [segment.name for segment in self.segments if segment.name in PIXELS]
+        kinds = (config.autoencoder.kind if name == "encoder" else self.source.decoder for name in exported)
+        seconds = total / RATE + sum(SECONDS[kind] for kind in kinds)
         lines = [
             f"{config.name}: {memory.parameters(config) / 1e6:.1f} M parameters, {width}x{height} pixels, "
             f"F = {config.unit}, W = {config.window}, K = {config.sinks}",

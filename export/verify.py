@@ -131,14 +131,19 @@ def _verified(level: str, precision: str, units: int, errors: Mapping[str, float
     half = activations(precision) != "fp32"
     limits = {name: SCALARS if half and name == "video" else EXACT for name in errors}
     limits["rounding"] = ROUNDING[precision]
-    wrong = [f"{name} {errors[name]:.3g} (at most {limits[name]:g})" for name in errors if not errors[name] <= limits[name]]
+    wrong = [
+        f"{name} {errors[name]:.3g} (at most {limits[name]:g})" for name in errors if not errors[name] <= limits[name]
+    ]
     if wrong:
         raise ExportError(
             f"verification failed ({level}, {units} units, {precision}): the relative error of {', '.join(wrong)}. "
             "No bundle was written"
         )
     return Verification(
-        level=level, units=units, limits=limits, errors={name: float(f"{e:.4g}") for name, e in errors.items()},
+        level=level,
+        units=units,
+        limits=limits,
+        errors={name: float(f"{e:.4g}") for name, e in errors.items()},
         seconds=round(seconds, 1),
     )
 
@@ -164,7 +169,9 @@ def compare(
                 each.set_text(rows)
         for step, s in enumerate(LEVELS):
             x = chain.noise(unit, step)
-            v, *others = (v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in (chain, *networks))
+            v, *others = (
+                v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in (chain, *networks)
+            )
             errors["velocity"] = max(errors["velocity"], _error(v, others[0]))
             errors["rounding"] = max(errors["rounding"], _error(v, others[-1]))
         for each in (chain, *networks):
@@ -199,9 +206,7 @@ class _Witness(CpuDevice):
         return self.buffers["video"][skip:]
 
 
-def _chain(
-    source: Source, segments: Sequence[Segment], graphs: Mapping[str, ModelProto], precision: str
-) -> OnnxEngine:
+def _chain(source: Source, segments: Sequence[Segment], graphs: Mapping[str, ModelProto], precision: str) -> OnnxEngine:
     device = _Witness(source.config, norms(source, precision), threads=torch.get_num_threads())
     for segment in segments:
         device.load(segment, _twin(graphs[segment.name]))

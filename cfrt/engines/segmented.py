@@ -35,7 +35,7 @@ from ..bundle import STATE, Bundle, Segment
 from ..config import ModelConfig
 from ..errors import EngineError
 from ..flow import TIME_SCALE, time_embedding
-from . import Latents, Spec
+from . import BUNDLE, Latents, Spec
 
 
 class Ring(Protocol):
@@ -136,7 +136,7 @@ class SegmentedEngine:
 
     name: ClassVar[str]
     fuses: ClassVar[bool] = False
-    features: ClassVar[frozenset[str]] = frozenset({"run an exported bundle"})
+    features: ClassVar[frozenset[str]] = frozenset({BUNDLE})
     precision: str
 
     def _device(self, spec: Spec, bundle: Bundle) -> Device:

@@ -27,3 +27,7 @@ class VideoError(CfrtError):
 
 class TrainingError(CfrtError, RuntimeError):
     """Training that cannot start as it was asked to, or that must not go on."""
+
+
+class ExportError(CfrtError, RuntimeError):
+    """An export that cannot be made, or whose result must not be shipped."""

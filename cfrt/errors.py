@@ -13,6 +13,10 @@ class WeightsError(CfrtError):
     """Weights that are missing, damaged, or made for another configuration."""
 
 
+class BundleError(WeightsError):
+    """An engine bundle that is missing, damaged, or of another version."""
+
+
 class PromptError(CfrtError, ValueError):
     """A prompt from which the model can read nothing."""
 

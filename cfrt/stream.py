@@ -20,6 +20,7 @@ from typing import Literal, Self
 import numpy as np
 
 from . import students
+from .bundle import Bundle, is_bundle
 from .config import ModelConfig
 from .engines import Spec, choose
 from .errors import CfrtError, EngineError, VideoError
@@ -56,7 +57,7 @@ class Snapshot:
 class Stream:
     """Frames of a prompt, without end, made in the background at most one unit ahead.
 
-    model: name of an embedded student, or the folder of a model.
+    model: name of an embedded student, or the folder of a model or of an exported bundle.
     seed: same seed, engine, precision and number of threads: same bytes.
     fps: the beat at which frames are handed out; None is the model's own, "max" hands them out as they are made.
     keep: "all" hands out every frame, however slow the consumer; "latest" goes on in its own time and skips what a slow
@@ -119,6 +120,7 @@ class Stream:
             prefix=0 if prefix is None else len(prefix),
             decoder=decoder,
             tile=tile,
+            bundle=Bundle.open(folder) if is_bundle(folder) else None,
         )
         chosen, self.refusals = choose(engine, spec)
         made = chosen()

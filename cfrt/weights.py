@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from .bundle import TENSORS, Bundle, is_bundle
 from .config import ModelConfig
 from .errors import WeightsError
 
@@ -105,8 +106,13 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
 
     ConfigError for a bad config.json; WeightsError when the weights are missing, truncated, corrupt, not finite, or
     saved with another config. Whether every tensor is there is the reader's to say, through `match`.
+
+    Of an exported bundle: its config, and the tensors outside its graphs.
     """
     folder = Path(folder)
+    if is_bundle(folder):
+        bundle = Bundle.open(folder)
+        return bundle.manifest.config, _map_safetensors(bundle.file(TENSORS))[0]
     if not folder.is_dir():
         raise WeightsError(f"expected a model folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     config = ModelConfig.load(folder / CONFIG_FILE)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from ..bundle import Bundle
 from ..config import ModelConfig
 from ..errors import EngineError
 
@@ -45,6 +46,8 @@ class Spec:
     """"taehv" decodes by the small decoder in `taehv.*`; None by the autoencoder's own."""
     tile: int | None = None
     """Latent cells along the side of a tile that is decoded at once; None decodes whole frames."""
+    bundle: Bundle | None = field(default=None, repr=False)
+    """An exported model; `weights` then hold what is outside its graphs."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -58,13 +61,14 @@ class Spec:
 
     @property
     def features(self) -> frozenset[str]:
-        """What is asked of an engine beyond a student that starts from nothing, or from one picture."""
+        """What is asked of an engine beyond a student's weights, and a stream from nothing or from one picture."""
         asked = {
             "guidance": self.config.guided,
             "a film to go on from": self.prefix > 1,
             "another decoder": self.decoder is not None,
             "tiles": self.tile is not None,
             "reference noise": self.config.reference_compat,
+            "run an exported bundle": self.bundle is not None,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 
@@ -158,6 +162,7 @@ class _Entry:
 _ENGINES = {
     "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
     "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
+    "onnx": _Entry("cfrt.engines.onnx", "OnnxEngine", needs=("_cfrt", "onnx", "onnxruntime"), package="'cfrt[export]'"),
 }
 """Every engine of this build, the preferred one first."""
 

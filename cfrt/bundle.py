@@ -24,13 +24,16 @@ DTYPES = ("fp32", "bf16", "fp16", "uint8")
 LEVELS = ("full", "segments")
 TENSORS = "tensors.safetensors"
 """What is outside all graphs: `norm_q`, `norm_k` [layers, d] for the kernel between them, and `text.table`."""
+OUT = "out."
+"""Before the name of an output inside a graph, where no output may be called as an input is."""
 
 AGAIN = "export the bundle again, or copy it again from where it came from"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """An input or an output of a segment. It is connected to the buffer of its name."""
+    """An input or an output of a segment, connected to the buffer of its name. Inside the graph an output is called by
+    OUT and its name."""
 
     name: str
     shape: tuple[int, ...]

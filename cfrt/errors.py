@@ -29,6 +29,10 @@ class VideoError(CfrtError):
     """A video or picture that cannot be written or read."""
 
 
+class ExportError(CfrtError, RuntimeError):
+    """An export that cannot be made as it was asked for, or whose result is not what it should be."""
+
+
 class TrainingError(CfrtError, RuntimeError):
     """Training that cannot start as it was asked to, or that must not go on."""
 

@@ -114,7 +114,7 @@ class Device(Protocol):
         """The ring, whole: exact, and independent of what is done later."""
         ...
 
-    def load(self, state: Any) -> None: ...
+    def load_state(self, state: Any) -> None: ...
 
     def close(self) -> None: ...
 
@@ -269,7 +269,7 @@ class SegmentedEngine:
         if snapshot.made_by != self._made_by:
             raise EngineError("expected a snapshot of the same engine and bundle, got another one's")
         with refusals():
-            self._on.load(snapshot.ring)
+            self._on.load_state(snapshot.ring)
         self._set_decoder(snapshot.decoded, snapshot.decoder)
         self._before = (snapshot.decoded, snapshot.decoder)
 

@@ -76,13 +76,28 @@ class Memory:
             self.free()
 
 
+class Event:
+    """A point on a stream."""
+
+    def __init__(self, gpu: "Gpu") -> None:
+        self._gpu = gpu
+        self.event = gpu.call("cudaEventCreateWithFlags", gpu.runtime.cudaEventDisableTiming)
+
+    def wait(self) -> None:
+        """Until it was passed; at once where it never was on a stream."""
+        self._gpu.call("cudaEventSynchronize", self.event)
+
+    def close(self) -> None:
+        self._gpu.call("cudaEventDestroy", self.event)
+
+
 class Stream:
     """Work in order; `handle` is what kernels take."""
 
     def __init__(self, gpu: "Gpu") -> None:
         self._gpu = gpu
         self._stream = gpu.call("cudaStreamCreateWithFlags", gpu.runtime.cudaStreamNonBlocking)
-        self._mark = gpu.call("cudaEventCreateWithFlags", gpu.runtime.cudaEventDisableTiming)
+        self._now = gpu.event()
         self.handle = int(self._stream)
 
     def copy(self, to: int, source: int, size: int) -> None:
@@ -96,8 +111,12 @@ class Stream:
 
     def follow(self, other: "Stream") -> None:
         """What comes next here waits for all that is on the other stream now."""
-        self._gpu.call("cudaEventRecord", other._mark, other._stream)
-        self._gpu.call("cudaStreamWaitEvent", self._stream, other._mark, 0)
+        other.mark(other._now)
+        self._gpu.call("cudaStreamWaitEvent", self._stream, other._now.event, 0)
+
+    def mark(self, event: Event) -> None:
+        """Puts the event behind what is on the stream now."""
+        self._gpu.call("cudaEventRecord", event.event, self._stream)
 
     def wait(self) -> None:
         """Until everything on it is done."""
@@ -122,7 +141,7 @@ class Stream:
         self._gpu.call("cudaGraphLaunch", graph.executable, self._stream)
 
     def close(self) -> None:
-        self._gpu.call("cudaEventDestroy", self._mark)
+        self._now.close()
         self._gpu.call("cudaStreamDestroy", self._stream)
 
 
@@ -169,6 +188,9 @@ class Gpu:
 
     def stream(self) -> Stream:
         return Stream(self)
+
+    def event(self) -> Event:
+        return Event(self)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of CUDA's runtime, with this GPU as the thread's own: its result, or EngineError."""

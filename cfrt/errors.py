@@ -35,7 +35,3 @@ class ExportError(CfrtError, RuntimeError):
 
 class TrainingError(CfrtError, RuntimeError):
     """Training that cannot start as it was asked to, or that must not go on."""
-
-
-class ExportError(CfrtError, RuntimeError):
-    """An export that cannot be made, or whose result must not be shipped."""

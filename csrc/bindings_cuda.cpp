@@ -17,6 +17,7 @@
 #include "check.h"
 #include "cuda/append.h"
 #include "cuda/attention.h"
+#include "cuda/combine.h"
 #include "cuda/pixels.h"
 #include "cuda/quantise.h"
 #include "cuda/query.h"
@@ -198,6 +199,12 @@ void renoise(Pointer out, Pointer x0, std::int64_t count, const std::string& dty
            "to re-noise");
 }
 
+void combine(Pointer out, Pointer x, float a, Pointer y, float b, std::int64_t count, Pointer stream) {
+    check(count >= 0, "expected count >= 0, got ", count);
+    demand_placed({{"out", out}, {"x", x}, {"y", y}});
+    demand(cfrt_combine(at<float>(out), at<float>(x), a, at<float>(y), b, count, at(stream)), "to combine latents");
+}
+
 void pixels(Pointer out, Pointer x, const std::string& dtype, std::int64_t frames, std::int64_t plane, float gain,
             float offset, Pointer stream) {
     demand(cfrt_pixels(at<std::uint8_t>(out), at(x), dtype_of(dtype), frames, plane, gain, offset, at(stream)),
@@ -237,6 +244,8 @@ void bind_calls(py::module_& m) {
           "See csrc/cuda/append.h; `record` is its pass, instead of place and first_frame.");
     m.def("renoise", &renoise, "out"_a, "x0"_a, "count"_a, "dtype"_a, "s"_a, "noise"_a, "record"_a = 0, "stream"_a = 0,
           "out = (1 - s) x0 + s e; `record` gives seed and unit instead of `noise`. See csrc/cuda/renoise.h.");
+    m.def("combine", &combine, py::kw_only(), "out"_a, "x"_a, "a"_a, "y"_a, "b"_a, "count"_a, "stream"_a,
+          "out = a x + b y, fp32. See csrc/cuda/combine.h.");
     m.def("pixels", &pixels, py::kw_only(), "out"_a, "x"_a, "dtype"_a, "frames"_a, "plane"_a, "gain"_a, "offset"_a,
           "stream"_a, "See csrc/cuda/pixels.h.");
     m.def("quantise_rows", &quantise_rows, py::kw_only(), "out"_a, "scale"_a, "x"_a, "rows"_a, "width"_a, "stride"_a,
@@ -250,7 +259,7 @@ void bind_calls(py::module_& m) {
 void bind_calls(py::module_& m) {
     m.def("refusal", [](std::int32_t, const std::string&) { return kMissing; }, "device"_a, "storage"_a = "bf16");
     for (const char* name :
-         {"processors", "plan", "attention", "append", "renoise", "pixels", "quantise_rows", "value_scales"})
+         {"processors", "plan", "attention", "append", "combine", "renoise", "pixels", "quantise_rows", "value_scales"})
         m.def(name, [](const py::args&, const py::kwargs&) { throw std::runtime_error(kMissing); });
 }
 

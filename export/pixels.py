@@ -65,6 +65,7 @@ def _module(config: ModelConfig, weights: Mapping[str, np.ndarray], kind: str, d
 
 
 def _exported(module: nn.Module, segment: Segment) -> ModelProto:
+    module.eval()
     inputs = tuple(torch.zeros(port.shape, dtype=TORCH[port.dtype]) for port in segment.inputs)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not missed
     with warnings.catch_warnings():

@@ -22,7 +22,7 @@ from ptxsim import Built, Device, Memory, Module, Options, Report, Runtime, comp
 
 import _cfrt  # binds Geometry and Noise, which calls take
 
-KERNELS = ("append", "attention_bf16", "attention_int8_fp8", "pixels", "quantise", "query", "renoise")
+KERNELS = ("append", "attention_bf16", "attention_int8_fp8", "combine", "pixels", "quantise", "query", "renoise")
 _SOURCES = ("bindings_cuda.cpp", "bindings_cuda_ring.cpp", "build_info.cpp", "frames.cpp", "cuda/ring.cpp")
 _NAME = "_cfrt_simulated"
 

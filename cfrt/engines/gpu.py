@@ -216,4 +216,3 @@ class Gpu:
         words = self.runtime.cudaGetErrorString(code)[1]
         said = words.decode() if isinstance(words, bytes) else code.name
         return f"CUDA refused {name}: {said} ({code.name})"
-

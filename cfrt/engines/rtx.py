@@ -1,14 +1,15 @@
 """TensorRT at run time: engines from a bundle's files, ready to be put on a stream.
 
-Contexts share one piece of scratch memory, since they run one after the other. What TensorRT-RTX compiles for the GPU at
-the first run is kept on disk (`RuntimeCache`), so that only the first start of a bundle on a machine takes long.
+Contexts have no scratch memory of their own: those of one stream share a piece, since they run one after the other.
+What TensorRT-RTX compiles for the GPU at the first run is kept on disk, so that only the first start of a bundle on a
+machine takes long.
 
 The module is chosen by the name that the bundle gives, `tensorrt_rtx` or `tensorrt`; the two have one API but for the
 cache, which full TensorRT does not need. A driver must be there before any of this is called.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -116,8 +117,11 @@ class Context:
         self.scratch_bytes = int(engine.device_memory_size_v2)
         self.tensors: Sequence[str] = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
 
-    def shape(self, tensor: str) -> tuple[int, ...]:
-        return tuple(self._engine.get_tensor_shape(tensor))
+    def ports(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and format of every input and output, the format as TensorRT calls it."""
+        for tensor in self.tensors:
+            engine = self._engine
+            yield tensor, tuple(engine.get_tensor_shape(tensor)), engine.get_tensor_dtype(tensor).name
 
     def set_scratch(self, address: int, size: int) -> None:
         self._context.set_device_memory(address, size)

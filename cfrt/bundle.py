@@ -26,6 +26,8 @@ TENSORS = "tensors.safetensors"
 """What is outside all graphs: `norm_q`, `norm_k` [layers, d] for the kernel between them, and `text.table`."""
 OUT = "out."
 """Before the name of an output inside a graph, where no output may be called as an input is."""
+STATE = "state."
+"""How the names of what a decoder remembers begin; zeros where a clip starts. A number follows."""
 
 AGAIN = "export the bundle again, or copy it again from where it came from"
 

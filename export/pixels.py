@@ -6,7 +6,7 @@ no state can be changed in place, which the exporter would drop without a word.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from cfrt.bundle import OUT, Segment
+from cfrt.bundle import OUT, STATE, Segment
 from cfrt.config import ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.codec import Codec, codec
@@ -27,17 +27,18 @@ TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Decode(nn.Module):
     """One latent frame [C, h, w], fp32, and the state before it -> pixels [f, 3, H, W] in [0, 1] and the next state.
-    Without a state: the first latent frame of a clip."""
+    Without a state: the first latent frame of a clip, and only `written` of the state, the rest being zeros."""
 
-    def __init__(self, module: Codec, dtype: torch.dtype) -> None:
+    def __init__(self, module: Codec, dtype: torch.dtype, written: Sequence[int]) -> None:
         super().__init__()
-        self.module, self.dtype = module, dtype
+        self.module, self.dtype, self.written = module, dtype, written
 
     def forward(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         one = isinstance(self.module, Autoencoder)
         past = None if not state else state[0] if one else state
         video, left = self.module.decode(latent.to(self.dtype)[None, None], past)
-        return (video[0], *((left,) if isinstance(left, Tensor) else left))
+        after = (left,) if isinstance(left, Tensor) else left
+        return (video[0], *(after[i] for i in self.written))
 
 
 class Encode(nn.Module):
@@ -56,8 +57,10 @@ def build(segment: Segment, config: ModelConfig, weights: Mapping[str, np.ndarra
     """The graph of one segment. `weights`: the tensors of what decodes, or for `encoder` of the autoencoder."""
     if segment.kind == "encoder":
         return _exported(Encode(_module(config, weights, config.autoencoder.kind, "fp32")), segment)
-    dtype = segment.outputs[0].dtype
-    return _exported(Decode(_module(config, weights, decoder, dtype), TORCH[dtype]), segment)
+    video, *state = segment.outputs
+    written = [int(port.name.removeprefix(STATE)) for port in state]
+    module = _module(config, weights, decoder, video.dtype)
+    return _exported(Decode(module, TORCH[video.dtype], written), segment)
 
 
 def _module(config: ModelConfig, weights: Mapping[str, np.ndarray], kind: str, dtype: str) -> Codec:

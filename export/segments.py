@@ -127,11 +127,18 @@ def _latents(config: ModelConfig, name: str) -> Port:
 def _decoder(config: ModelConfig, precision: str, decoder: str) -> list[Segment]:
     act, own = activations(precision), decoder_config(config, decoder)
     latent = Port(name="latent", shape=(config.latent_channels, *config.latent_grid), dtype="fp32")
-    state = [Port(name=f"state.{i}", shape=shape, dtype=act) for i, shape in enumerate(state_shapes(own, config))]
+    state = [
+        (Port(name=f"state.{i}", shape=tuple(left.shape), dtype=act), left.requires_grad)
+        for i, left in enumerate(state_after_start(own, config))
+    ]
+    ports = [port for port, _ in state]
     video = Port(name="video", shape=(own.temporal, 3, *config.frame_size), dtype=act)
-    first = replace(video, shape=(1, *video.shape[1:]))
-    start = [_segment("decoder_start", [latent], [first, *state])] if starts_apart(decoder) else []
-    return [*start, _segment("decoder", [latent, *state], [video, *state])]
+    segments = [_segment("decoder", [latent, *ports], [video, *ports])]
+    if starts_apart(decoder):  # it leaves zeros where it does not write
+        first = replace(video, shape=(1, *video.shape[1:]))
+        written = [port for port, computed in state if computed]
+        segments.insert(0, _segment("decoder_start", [latent], [first, *written]))
+    return segments
 
 
 def _encoder(config: ModelConfig) -> Segment:
@@ -141,12 +148,14 @@ def _encoder(config: ModelConfig) -> Segment:
     return _segment("encoder", [picture], [latent])
 
 
-def state_shapes(own: AutoencoderConfig, config: ModelConfig) -> list[tuple[int, ...]]:
-    """Of what the decoder remembers between two latent frames; asked of the module, without its weights."""
-    with torch.device("meta"):
+def state_after_start(own: AutoencoderConfig, config: ModelConfig) -> list[Tensor]:
+    """What the decoder remembers after the first latent frame, without its numbers: the module is asked without its
+    weights. What requires a gradient is computed, the rest are the zeros of layers that start later."""
+    with torch.device("meta"), torch.enable_grad():
         module: Codec = KINDS[own.kind](own)
-        _, state = module.decode(torch.empty(1, 1, config.latent_channels, *config.latent_grid))
-    return [tuple(x.shape) for x in ([state] if isinstance(state, Tensor) else state)]
+        latents = torch.empty(1, 1, config.latent_channels, *config.latent_grid, requires_grad=True)
+        _, state = module.decode(latents)
+    return [state] if isinstance(state, Tensor) else list(state)
 
 
 def _segment(name: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> Segment:

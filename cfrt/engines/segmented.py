@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import STATE, Bundle
 from ..errors import EngineError
 from ..flow import TIME_SCALE, time_embedding
 from . import Latents, Spec
@@ -117,10 +117,6 @@ class Device(Protocol):
     def load_state(self, state: Any) -> None: ...
 
     def close(self) -> None: ...
-
-
-STATE = "state."
-"""How the names of the decoder's state begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,16 +232,14 @@ class SegmentedEngine:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _decode(self, latents: Latents, frame: int, first: bool) -> np.ndarray:
-        """The first latent frame of a clip is one picture (Wan's time law): the last that a state of zeros gives, or
-        all that `decoder_start` does."""
+        """The first latent frame of a clip is one picture (Wan's time law): all that `decoder_start` gives, or the last
+        that a decoder does which has none."""
         self._on.put("latent", latents, frame)
-        if first and self._starts_apart:
-            self._on.run("decoder_start")
-            return self._on.pixels(skip=0)
         if first:
             self._on.clear(STATE)
-        self._on.run("decoder")
-        return self._on.pixels(skip=self._config.autoencoder.temporal - 1 if first else 0)
+        apart = first and self._starts_apart
+        self._on.run("decoder_start" if apart else "decoder")
+        return self._on.pixels(skip=self._config.autoencoder.temporal - 1 if first and not apart else 0)
 
     # ------------------------------------------------------------------ back and forth
 

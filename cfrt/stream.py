@@ -94,7 +94,7 @@ class Stream:
         decoder: str | None = None,
         tile: int | None = None,
         reference_compat: bool = False,
-        device: str = "cpu",
+        device: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
     ) -> None:

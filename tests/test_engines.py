@@ -202,7 +202,9 @@ def test_auto_takes_the_first_that_can() -> None:
     assert choose("auto", spec_of(small_config())) == (NativeEngine, {})
     engine, refusals = choose("auto", spec_of(small_config(), precision="fp64"))
     assert engine is TorchEngine
-    assert refusals == {"native": "it computes in fp32, bf16, int8, not in 'fp64'"}
+    assert list(refusals) == ["native", "trt", "onnx"]
+    assert refusals["native"] == "it computes in fp32, bf16, int8, not in 'fp64'"
+    assert "it runs exported bundles" in refusals["trt"]
     assert choose("auto", spec_of(small_config(), precision="int8"))[0] is NativeEngine
     assert "not in 'int8'" in (refusal("torch", spec_of(small_config(), precision="int8")) or "")
 
@@ -210,7 +212,7 @@ def test_auto_takes_the_first_that_can() -> None:
 def test_a_refusal_gives_its_reason() -> None:
     spec = Spec(config=small_config(), weights={}, decoder="taehv")
     assert "kind 'tiny'" in (refusal("torch", spec) or "")
-    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; torch: .*'tiny'"):
+    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; .*torch: .*'tiny'"):
         choose("auto", spec)
     with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'tiny'.*no other engine"):
         choose("torch", spec)

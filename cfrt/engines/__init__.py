@@ -34,8 +34,8 @@ class Spec:
     config: ModelConfig
     weights: Mapping[str, np.ndarray] = field(repr=False)
     """`dit.*` by Wan's names, `autoencoder.*`, fp32."""
-    device: str = "cpu"
-    """"cpu", "cuda" or "cuda:N"."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:N", or "auto": a GPU for the engine that can do nothing without, else the CPU."""
     precision: str = "auto"
     """One of PRECISIONS; "auto" leaves it to the engine, which takes the fastest that is good enough."""
     seed: int = 0
@@ -160,12 +160,17 @@ class _Entry:
     """Importable modules without which the engine's own module cannot be imported."""
     package: str
     """What to install where they are missing."""
+    bundles: bool = False
+    """Does it run exported bundles? Others run a model's weights. Asked before anything is imported."""
 
 
 _ENGINES = {
     "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
+    "trt": _Entry("cfrt.engines.trt", "TrtEngine", needs=("_cfrt",), package="cfrt", bundles=True),
+    "onnx": _Entry(
+        "cfrt.engines.onnx", "OnnxEngine", needs=("_cfrt", "onnx", "onnxruntime"), package="'cfrt[export]'", bundles=True
+    ),
     "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
-    "onnx": _Entry("cfrt.engines.onnx", "OnnxEngine", needs=("_cfrt", "onnx", "onnxruntime"), package="'cfrt[export]'"),
 }
 """Every engine of this build, the preferred one first."""
 
@@ -181,6 +186,10 @@ def refusal(name: str, spec: Spec) -> str | None:
     missing = [module for module in entry.needs if find_spec(module) is None]
     if missing:
         return f"{', '.join(missing)} is not installed: pip install {entry.package}"
+    if entry.bundles and spec.bundle is None:
+        return "it runs exported bundles: `python -m export.trt` or `export.onnx` with --model ... --out DIR makes one"
+    if spec.bundle is not None and not entry.bundles:
+        return "it runs a model's weights, not an exported bundle"
     engine = _load(name)
     lacking = sorted(spec.features - getattr(engine, "features", frozenset()))
     if BUNDLE in lacking:

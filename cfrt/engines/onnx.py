@@ -33,7 +33,7 @@ class OnnxEngine(SegmentedEngine):
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
-        if spec.device != "cpu":
+        if spec.device not in ("auto", "cpu"):
             return f"it runs on cpu, not on {spec.device!r}"
         if spec.precision not in ("auto", "fp32"):
             return f"it computes in fp32, not in {spec.precision!r}, with the weights that the bundle holds"

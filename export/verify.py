@@ -131,7 +131,7 @@ def _verified(level: str, precision: str, units: int, errors: Mapping[str, float
     """ExportError when an error is above its limit, or is no number."""
     half = activations(precision) != "fp32"
     limits = {name: SCALARS if half and name == "video" else EXACT for name in errors}
-    limits["rounding"] = ROUNDING[precision]
+    limits["rounding"] = ROUNDING[activations(precision)]
     wrong = [
         f"{name} {errors[name]:.3g} (at most {limits[name]:g})" for name in errors if not errors[name] <= limits[name]
     ]

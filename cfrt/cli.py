@@ -80,8 +80,8 @@ class Generate:
     """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. Default: what the engine can do nothing without, else the CPU."""
     precision: str = "auto"
     """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1
@@ -144,12 +144,12 @@ class Generate:
 
     def _stream(self, trace: "Trace | None") -> "Stream":
         from . import students
-        from .config import ModelConfig
         from .stream import Stream
+        from .weights import read_config
 
         config = None
         if self.image is not None or self.prefix is not None:
-            config = ModelConfig.load(students.find(self.model) / students.CONFIG)
+            config = read_config(students.find(self.model))
         return Stream(
             self.prompt,
             model=self.model,

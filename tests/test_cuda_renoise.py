@@ -31,7 +31,7 @@ def run(
     seed, *rest = KEY
     report = launch(
         "renoise", "cfrt_renoise", memory, ctypes.c_void_p(out.address), ctypes.c_void_p(source.address),
-        ctypes.c_int64(count), DTYPES[dtype], ctypes.c_double(S), ctypes.c_uint64(seed), *rest, options=options,
+        ctypes.c_int64(count), DTYPES[dtype], ctypes.c_double(S), ctypes.c_uint64(seed), *rest, None, options=options,
     )  # fmt: skip
     expected = np.empty(count, np.float32)
     _cfrt.renoise(x0.float().numpy(), S, _cfrt.Noise(*KEY), expected)
@@ -78,4 +78,4 @@ def test_renoise_strides_over_more_than_the_grid() -> None:
 def test_a_count_that_does_not_fit_is_refused(count: int, code: int) -> None:
     with pytest.raises(AssertionError, match=f"returned {code}$"):
         launch("renoise", "cfrt_renoise", Memory(), None, None, ctypes.c_int64(count), 0, ctypes.c_double(S),
-               ctypes.c_uint64(1), 0, 0, 0)  # fmt: skip
+               ctypes.c_uint64(1), 0, 0, 0, None)  # fmt: skip

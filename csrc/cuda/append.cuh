@@ -6,70 +6,19 @@
 #include "append.h"
 #include "attention.h"
 #include "device.cuh"
+#include "eight.cuh"
 
 namespace cfrt {
 
 constexpr int kMostWarps = 32;
-constexpr float kLeastRange = 1e-12f;  // of a row whose scale is asked for: scales are positive
 
-// Eight neighbouring numbers of a row, as four words of bf16 and as floats.
-struct Eight {
-    float x[8];
-
-    __device__ __forceinline__ void read(const std::uint16_t* from) {
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
-        const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[2 * i] = low_bf16(word[i]), x[2 * i + 1] = high_bf16(word[i]);
-    }
-
-    __device__ __forceinline__ void write(std::uint16_t* to) const {
-        store(to,
-              make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])));
-    }
-
-    __device__ __forceinline__ float squares() const {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
-        return sum;
-    }
-
-    __device__ __forceinline__ float range() const {
-        float most = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
-        return most;
-    }
-
-    __device__ __forceinline__ Eight times(const Eight& y, float scale) const {
-        Eight z;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) z.x[i] = x[i] * scale * y.x[i];
-        return z;
-    }
-
-    // Each pair turned by its cosine and sine, `step` apart.
-    __device__ __forceinline__ Eight turned(const float2* turn, int step) const {
-        Eight z;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float a = x[2 * i], b = x[2 * i + 1];
-            z.x[2 * i] = a * turn[i * step].x - b * turn[i * step].y;
-            z.x[2 * i + 1] = a * turn[i * step].y + b * turn[i * step].x;
-        }
-        return z;
-    }
-
-    // To nearest even, in units of 1 / inverse.
-    __device__ __forceinline__ uint2 int8(float inverse) const {
-        std::uint32_t word[2] = {};
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            word[i / 4] |= (static_cast<std::uint32_t>(__float2int_rn(x[i] * inverse)) & 255u) << (i % 4 * 8);
-        return make_uint2(word[0], word[1]);
-    }
-};
+// The granule at which a frame of the unit starts, and the position of its first frame.
+__device__ __forceinline__ std::int64_t place_of(const cfrt_append& call, unsigned frame) {
+    return call.pass ? call.pass->place[frame] : call.granules[frame];
+}
+__device__ __forceinline__ std::int64_t first_frame_of(const cfrt_append& call) {
+    return call.pass ? call.pass->first_frame : call.first_frame;
+}
 
 // A thread's eight numbers of a query; in 8 bits with a scale for each head, whose lanes are neighbours.
 template <int kDim, bool kInt8>
@@ -111,7 +60,7 @@ __global__ void __launch_bounds__(1024) append_rows(const __grid_constant__ cfrt
 
     for (int i = thread; i < 2 * kPairs; i += blockDim.x) {
         const int slot = i % kPairs, pair = slot % kEights * 4 + slot / kEights;
-        const std::int64_t frame = call.first_frame + blockIdx.y;
+        const std::int64_t frame = first_frame_of(call) + blockIdx.y;
         std::int64_t position = i < kPairs ? frame : min(frame, call.last_sink_view);
         if (pair >= call.pairs[0])
             position = pair < call.pairs[0] + call.pairs[1] ? blockIdx.x / call.columns : blockIdx.x % call.columns;
@@ -150,7 +99,7 @@ __global__ void __launch_bounds__(1024) append_rows(const __grid_constant__ cfrt
     if constexpr (kInt8) {
         k.write(static_cast<std::uint16_t*>(call.scratch) + token * width + channel);
     } else {
-        const std::int64_t granule = call.granules[blockIdx.y] + blockIdx.x / CFRT_GRANULE_BF16;
+        const std::int64_t granule = place_of(call, blockIdx.y) + blockIdx.x / CFRT_GRANULE_BF16;
         const std::int64_t row = (granule * call.heads + head) * CFRT_GRANULE_BF16 + blockIdx.x % CFRT_GRANULE_BF16;
         k.write(static_cast<std::uint16_t*>(call.k_out) + row * kDim + channel % kDim);
         const auto* v = static_cast<const std::uint16_t*>(call.v) + token * call.stride + channel;
@@ -169,8 +118,7 @@ __global__ void __launch_bounds__(128) quantise_granule(const __grid_constant__ 
     const int thread = threadIdx.x, chunk = thread % kChunks, head = blockIdx.y;
     const int tokens = call.rows * call.columns, first = blockIdx.x * kGranule;
     const std::int64_t frame = static_cast<std::int64_t>(blockIdx.z) * tokens, width = call.heads * kDim;
-    const std::int64_t granule =
-        (call.granules[blockIdx.z] + blockIdx.x) * static_cast<std::int64_t>(call.heads) + head;
+    const std::int64_t granule = (place_of(call, blockIdx.z) + blockIdx.x) * call.heads + head;
 
     // Chunks of a row change places with row / 16, so that values can be read back by columns of 16 tokens.
     Eight keys[kGranule / kStepRows];
@@ -190,8 +138,7 @@ __global__ void __launch_bounds__(128) quantise_granule(const __grid_constant__ 
         range = fmaxf(range, keys[i].range());
         *reinterpret_cast<uint4*>(values + row * kDim + (chunk ^ (row / 16)) * 8) = value;
     }
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) range = fmaxf(range, __shfl_xor_sync(kAllLanes, range, step));
+    range = warp_max(range);
     if (thread % kLanes == 0) ranges[thread / kLanes] = range;
     __syncthreads();
 #pragma unroll

@@ -45,6 +45,7 @@ struct AttentionBf16 {
     }
 
     __device__ void run() {
+        if (is_idle(call)) return;
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) look_from(turn ? call.a.q : call.a.q_sink, part_of(call, turn == 0));
         write();

@@ -48,6 +48,7 @@ struct AttentionInt8 {
     }
 
     __device__ void run() {
+        if (is_idle(call)) return;
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn)
             look_from(turn ? call.a.q : call.a.q_sink, turn ? call.a.q_scale : call.a.q_sink_scale,

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cpu
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engines")
     graphs = {"ffn": feed_forward(), "attention": attention(), **{k: quantised(k) for k in ("float8e4m3fn", "int8")}}
-    with Builder(cache=folder / "cache") as builder:
+    with Builder() as builder:
         for name, model in graphs.items():
             builder.build(save(model, folder, name), folder / f"{name}.engine")
     return {name: folder / f"{name}.engine" for name in graphs}

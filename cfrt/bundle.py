@@ -82,10 +82,10 @@ class Verification:
     level: str
     """"full": a stream through the ring's wrap and its sinks; "segments": one segment of each kind, at full width."""
     units: int
-    tolerance: float
-    """Largest relative error (L2) that passes."""
     errors: Mapping[str, float] = field(hash=False)
-    """What was found, by quantity."""
+    """The largest relative error (L2) that was found, by quantity."""
+    limits: Mapping[str, float] = field(hash=False)
+    """The largest that passes, of the same quantities."""
     seconds: float
 
 

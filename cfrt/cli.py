@@ -132,12 +132,12 @@ class Generate:
 
     def _stream(self) -> "Stream":
         from . import students
-        from .config import ModelConfig
         from .stream import Stream
+        from .weights import read_config
 
         config = None
         if self.image is not None or self.prefix is not None:
-            config = ModelConfig.load(students.find(self.model) / students.CONFIG)
+            config = read_config(students.find(self.model))
         return Stream(
             self.prompt,
             model=self.model,

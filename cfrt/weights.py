@@ -122,6 +122,13 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
     return config, tensors
 
 
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a model's folder, or of an exported bundle, alone."""
+    if is_bundle(folder):
+        return Bundle.open(folder).manifest.config
+    return ModelConfig.load(Path(folder) / CONFIG_FILE)
+
+
 def part(tensors: Arrays, prefix: str) -> Arrays:
     """The tensors below `prefix.`, without it: part(tensors, "dit") has Wan's names."""
     return tensors.part(prefix) if isinstance(tensors, MappedTensors) else _below(tensors, prefix)

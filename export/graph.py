@@ -143,6 +143,12 @@ class Graph:
         return model
 
 
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """As a graph of that format holds it, in fp32."""
+    stored: np.ndarray = array.astype(NUMPY[dtype]).astype(np.float32)
+    return stored
+
+
 def _stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     """In a graph's format; ExportError when a number is not finite there."""
     with np.errstate(over="ignore"):

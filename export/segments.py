@@ -38,13 +38,14 @@ def activations(precision: str) -> str:
     return precision if precision in ("fp32", "fp16") else "bf16"
 
 
-def layout(config: ModelConfig, precision: str, decoder: str) -> tuple[Segment, ...]:
-    """Every segment of a model, in the order in which they are made."""
+def layout(config: ModelConfig, precision: str, decoder: str, *, pictures: bool = True) -> tuple[Segment, ...]:
+    """Every segment of a model, in the order in which they are made. pictures: with an encoder, where a stream of this
+    model can start from a picture."""
     last = config.depth - 1
     segments = [_text_kv(config, precision), _head(config, precision)]
     segments += [_mid(config, precision, i) for i in range(last)]
     segments += [_tail(config, precision), *_decoder(config, precision, decoder)]
-    if config.autoencoder.kind in ENCODERS and config.unit == 1:
+    if pictures and config.autoencoder.kind in ENCODERS and config.unit == 1:
         segments.append(_encoder(config))
     return tuple(segments)
 

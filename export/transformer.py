@@ -28,6 +28,42 @@ def build(segment: Segment, config: ModelConfig, weights: Mapping[str, np.ndarra
     return graph.finish(made(graph, config))
 
 
+def reads(segment: Segment, config: ModelConfig) -> list[str]:
+    """The names of the tensors that a segment's graph is made of."""
+    last = config.depth - 1
+    if segment.kind == "text_kv":
+        layers = [f"blocks.{i}.cross_attn.{part}" for i in range(config.depth) for part in ("k", "v")]
+        norms = [f"blocks.{i}.cross_attn.norm_k.weight" for i in range(config.depth)]
+        return [*_parameters("text_embedding.0", "text_embedding.2", *layers), *norms]
+    if segment.kind == "head":
+        outer = ("patch_embedding", "time_embedding.0", "time_embedding.2", "time_projection.1")
+        return [*_parameters(*outer), *_reads_first(0)]
+    if segment.kind == "mid":
+        layer = _layer_of(segment)
+        return [*_reads_rest(layer), *_reads_first(layer + 1)]
+    return [*_reads_rest(last), "head.modulation", *_parameters("head.head")]
+
+
+def _reads_first(layer: int) -> list[str]:
+    block = f"blocks.{layer}"
+    return [f"{block}.modulation", *_parameters(*(f"{block}.self_attn.{part}" for part in "qkv"))]
+
+
+def _reads_rest(layer: int) -> list[str]:
+    block = f"blocks.{layer}"
+    parts = ("self_attn.o", "norm3", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+    single = [f"{block}.modulation", f"{block}.cross_attn.norm_q.weight"]
+    return [*single, *_parameters(*(f"{block}.{part}" for part in parts))]
+
+
+def _parameters(*layers: str) -> list[str]:
+    return [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
+def _layer_of(segment: Segment) -> int:
+    return int(segment.name.rpartition("_")[2])
+
+
 # ---------------------------------------------------------------------- segments
 
 
@@ -55,7 +91,7 @@ def _head(graph: Graph, config: ModelConfig) -> dict[str, Value]:
 
 
 def _mid(graph: Graph, config: ModelConfig) -> dict[str, Value]:
-    layer = int(graph.segment.name.rpartition("_")[2])
+    layer = _layer_of(graph.segment)
     x = _layer(graph, config, layer)
     return {"x": x, "qkv": _projections(graph, config, layer + 1, x, "modulation")}
 

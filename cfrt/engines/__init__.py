@@ -21,6 +21,9 @@ from ..errors import EngineError
 Latents = Any
 """One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
 
+BUNDLE = "an exported bundle"
+"""The feature of engines that run one, and nothing else."""
+
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16", "fp64")
 
 
@@ -68,7 +71,7 @@ class Spec:
             "another decoder": self.decoder is not None,
             "tiles": self.tile is not None,
             "reference noise": self.config.reference_compat,
-            "run an exported bundle": self.bundle is not None,
+            BUNDLE: self.bundle is not None,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 
@@ -189,6 +192,8 @@ def refusal(name: str, spec: Spec) -> str | None:
         return "it runs a model's weights, not an exported bundle"
     engine = _load(name)
     lacking = sorted(spec.features - getattr(engine, "features", frozenset()))
+    if BUNDLE in lacking:
+        return "it runs models with their weights, and this is an exported bundle"
     return f"it cannot do {' or '.join(lacking)}" if lacking else engine.supported(spec)
 
 

@@ -23,7 +23,7 @@ Commits are never fused with the next pass here (`fuses = False`): a fused pass 
 graph would have to exist a second time at twice the tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,10 +31,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from ..bundle import STATE, Bundle
+from ..bundle import STATE, Bundle, Segment
+from ..config import ModelConfig
 from ..errors import EngineError
 from ..flow import TIME_SCALE, time_embedding
-from . import Latents, Spec
+from . import BUNDLE, Latents, Spec
 
 
 class Ring(Protocol):
@@ -135,7 +136,7 @@ class SegmentedEngine:
 
     name: ClassVar[str]
     fuses: ClassVar[bool] = False
-    features: ClassVar[frozenset[str]] = frozenset({"run an exported bundle"})
+    features: ClassVar[frozenset[str]] = frozenset({BUNDLE})
     precision: str
 
     def _device(self, spec: Spec, bundle: Bundle) -> Device:
@@ -147,16 +148,24 @@ class SegmentedEngine:
         """What no engine of this kind can do; None when it is up to the engine."""
         if spec.bundle is None:
             return "it runs exported bundles: `python -m export.onnx --model ... --out DIR` makes one"
+        if spec.prefix and not spec.bundle.manifest.has("encoder"):
+            return "this bundle has no encoder, so its streams cannot start from a picture"
         return None
 
     def prepare(self, spec: Spec) -> None:
         if spec.bundle is None:
             raise EngineError(f"expected a bundle for the engine {self.name!r}: {self.refusal(spec)}")
-        self._config, manifest = spec.config, spec.bundle.manifest
-        self._starts_apart = manifest.has("decoder_start")
-        self._reads_pictures = manifest.has("encoder")
-        self._made_by = (self.name, *(manifest.files[segment.onnx].sha256 for segment in manifest.segments))
-        self._on = self._device(spec, spec.bundle)
+        manifest = spec.bundle.manifest
+        hashes = (manifest.files[segment.onnx].sha256 for segment in manifest.segments)
+        self.connect(self._device(spec, spec.bundle), spec.config, manifest.segments, tuple(hashes))
+
+    def connect(
+        self, device: Device, config: ModelConfig, segments: Sequence[Segment], made_by: tuple[str, ...] = ()
+    ) -> None:
+        """`prepare`, on a device that is ready."""
+        names = {segment.name for segment in segments}
+        self._on, self._config, self._made_by = device, config, (self.name, *made_by)
+        self._starts_apart, self._reads_pictures = "decoder_start" in names, "encoder" in names
         self._heard = False
         self._decoded = 0  # units decoded: the next one's number
         self._before: tuple[int, Any] = (0, None)

@@ -31,7 +31,9 @@ def find(model: str | PathLike[str]) -> Path:
         return folder
     known = ", ".join(students) or "none in this installation"
     if folder.is_dir():
-        raise WeightsError(f"{folder} is no model folder: expected {CONFIG} or {MANIFEST} in it; embedded students: {known}")
+        raise WeightsError(
+            f"{folder} is no model folder: expected {CONFIG} or {MANIFEST} in it; embedded students: {known}"
+        )
     if name in PRESETS:
         made = model_folder(name)
         if (made / CONFIG).is_file():

@@ -10,7 +10,7 @@ from rtx_fixture import attention, feed_forward, graph, quantised, save
 from cfrt.errors import ExportError
 from export import builder
 from export.builder import TARGETS, Builder, refusal
-from export.plan import read
+from export.engine_report import read
 
 pytestmark = pytest.mark.cpu
 

@@ -17,10 +17,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from cfrt.bundle import OUT, Segment
 from cfrt.errors import ExportError
 
+from . import graph_rules
+
 OPSET = 23
 """The first with Attention and RMSNormalization, each one node that engine builders fuse."""
 IR_VERSION = 11
-STANDARD = ("", "ai.onnx")
 LIMIT = 2_000_000_000
 """Bytes of one file: protobuf ends at 2 GiB."""
 
@@ -162,21 +163,12 @@ def _stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def check(model: ModelProto, segment: Segment) -> None:
-    """ExportError, which names the node or the port, unless the graph is fit to be an engine's: valid by ONNX's own
-    checker, standard operators only, the ports of the segment in names, shapes and formats, no input unused, and every
-    output computed: what replaces a buffer from what is new, the first input.
-
-    The last two are what cannot be seen later: an engine builder drops an input that nothing reads with a warning,
-    and an exporter drops a state that was changed in place without one."""
+    """ExportError, which names the node or the port, unless the graph is fit to be an engine's: by the rules of
+    `graph_rules`, by ONNX's own checker, with the ports of the segment in names, shapes and formats, and with every
+    output computed: what replaces a buffer comes from what is new, the first input. An exporter drops a state that was
+    changed in place without a word."""
     graph = model.graph
-    for node in graph.node:
-        if node.domain not in STANDARD:
-            raise ExportError(
-                f"{segment.name}: node {node.name!r} is {node.domain}::{node.op_type}, which is no standard operator; "
-                "only those of ONNX itself can be built into an engine"
-            )
-        if node.op_type == "Attention" and len([name for name in node.input if name]) > 4:
-            raise ExportError(f"{segment.name}: node {node.name!r} has inputs that engine builders ignore")
+    graph_rules.check(model, segment.name)
     _check_ports("input", {p.name: (ONNX[p.dtype], p.shape) for p in segment.inputs}, graph.input, segment.name)
     outputs = {OUT + p.name: (ONNX[p.dtype], p.shape) for p in segment.outputs}
     _check_ports("output", outputs, graph.output, segment.name)
@@ -203,15 +195,11 @@ def _check_ports(what: str, expected: Mapping[str, Any], got: Sequence[onnx.Valu
 
 
 def _check_flow(graph: onnx.GraphProto, segment: Segment) -> None:
-    """No input is unused; every output comes from an input, and what replaces a buffer from the first one."""
+    """Every output comes from an input, and what replaces a buffer from the first one."""
     fed: dict[str, frozenset[str]] = {value.name: frozenset([value.name]) for value in graph.input}
     for node in graph.node:
         came = frozenset().union(*(fed.get(name, frozenset()) for name in node.input))
         fed |= dict.fromkeys(node.output, came)
-    used = frozenset().union(*(fed.get(value.name, frozenset()) for value in graph.output))
-    for value in graph.input:
-        if value.name not in used:
-            raise ExportError(f"{segment.name}: Unused Input: {value.name} is read by nothing that is an output")
     names = [port.name for port in segment.inputs]
     for port in segment.outputs:
         sources = fed.get(OUT + port.name, frozenset())

@@ -95,7 +95,7 @@ class Export:
                 bar.update(self.sizes[segment.name])
         tensors = outside(self.source, self.precision)
         content = key(*(part for name, array in tensors.items() for part in (name, array.tobytes())))
-        made.make(TENSORS, content, lambda path: path.write_bytes(to_safetensors(tensors)))
+        made.make(TENSORS, content, partial(_write_bytes, to_safetensors(tensors)))
 
     def _write(self, segment: Segment, path: Path) -> None:
         onnx.save(build(segment, self.source, self.precision), path)
@@ -122,8 +122,8 @@ class Export:
         lines = [
             f"{config.name}: {memory.parameters(config) / 1e6:.1f} M parameters, {width}x{height} pixels, "
             f"F = {config.unit}, W = {config.window}, K = {config.sinks}",
-            f"weights from {self.source.origin}; decoder {self.source.decoder}; graphs in {activations(self.precision)}",
-            f"{len(self.segments)} segments, about {total / 1e6:.0f} MB and {seconds:.0f} s, then verified: {self.level}",
+            f"weights from {self.source.origin}; decoder {self.source.decoder}; {activations(self.precision)} graphs",
+            f"{len(self.segments)} segments, about {total / 1e6:.0f} MB and {seconds:.0f} s; verified: {self.level}",
         ]
         return "\n".join([*lines, *(f"  {name:<14} {size / 1e6:9.2f} MB" for name, size in self._by_kind().items())])
 
@@ -163,6 +163,10 @@ def _numbers(config: ModelConfig) -> int:
     """An encoder is about as large as the decoder beside it."""
     weights, _ = memory.decoder(config.autoencoder, config.latent_grid, config.autoencoder.kind)
     return weights
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
 
 
 def tools() -> dict[str, str]:

@@ -48,8 +48,8 @@ class Checkpoint:
     """K, first frames seen for ever. Default: the model's own."""
 
     verify: Level | None = None
-    """"full" runs the chain through the ring's wrap and its sinks; "segments" one segment of each kind, with few tokens.
-    Default: full below 0.3 billion parameters."""
+    """"full" runs the whole chain through the ring's wrap and its sinks; "segments" one segment of each kind, with few
+    tokens. Default: full below 0.3 billion parameters."""
 
     dry_run: bool = False
     """Say what would be made, how large it is and about how long it takes, and stop."""

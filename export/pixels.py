@@ -9,15 +9,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx
 import torch
 from onnx import ModelProto
+from onnx.inliner import inline_local_functions
 from torch import Tensor, nn
 
 from cfrt.bundle import OUT, STATE, Segment
 from cfrt.config import ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.codec import Codec, codec
+from cfrt.nn.taehv import TAEHV
+from cfrt.nn.wan_vae import WanVAE
 
 from .graph import IR_VERSION, OPSET, check
 from .segments import decoder_config
@@ -34,29 +36,31 @@ class Decode(nn.Module):
         self.module, self.dtype, self.written = module, dtype, written
 
     def forward(self, latent: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        one = isinstance(self.module, Autoencoder)
-        past = None if not state else state[0] if one else state
-        video, left = self.module.decode(latent.to(self.dtype)[None, None], past)
-        after = (left,) if isinstance(left, Tensor) else left
-        return (video[0], *(after[i] for i in self.written))
+        x = latent.to(self.dtype)[None, None]
+        if isinstance(self.module, Autoencoder):
+            video, last = self.module.decode(x, *state)
+            return video[0], last
+        video, left = self.module.decode(x, state or None)
+        return (video[0], *(left[i] for i in self.written))
 
 
 class Encode(nn.Module):
     """A picture [3, H, W] in [0, 1] -> its latent frame [C, h, w], both fp32."""
 
-    def __init__(self, module: Codec) -> None:
+    def __init__(self, module: Autoencoder | WanVAE) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, picture: Tensor) -> Tensor:
-        latents: Tensor = self.module.encode(picture[None, None])  # type: ignore[operator, union-attr]
-        return latents[0, 0]
+        return self.module.encode(picture[None, None])[0, 0]
 
 
 def build(segment: Segment, config: ModelConfig, weights: Mapping[str, np.ndarray], decoder: str) -> ModelProto:
     """The graph of one segment. `weights`: the tensors of what decodes, or for `encoder` of the autoencoder."""
     if segment.kind == "encoder":
-        return _exported(Encode(_module(config, weights, config.autoencoder.kind, "fp32")), segment)
+        module = _module(config, weights, config.autoencoder.kind, "fp32")
+        assert not isinstance(module, TAEHV)  # a layout has no encoder there
+        return _exported(Encode(module), segment)
     video, *state = segment.outputs
     written = [int(port.name.removeprefix(STATE)) for port in state]
     module = _module(config, weights, decoder, video.dtype)
@@ -90,7 +94,7 @@ def _exported(module: nn.Module, segment: Segment) -> ModelProto:
 def _plain(model: ModelProto, segment: Segment) -> ModelProto:
     """Functions written out, notes of the exporter dropped; checked."""
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inline_local_functions(model)
     model.ir_version, model.producer_name = IR_VERSION, "cfrt"
     for item in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         item.ClearField("metadata_props")

@@ -81,9 +81,7 @@ def find(options: Checkpoint) -> Source:
     if decodes is None:
         file = TAEHV if decoder == "taehv" else AUTOENCODER
         flag = "--taehv" if decoder == "taehv" else "--vae"
-        raise WeightsError(
-            f"the decoder's weights are not here; name them with {flag}, or:\n{hub.instructions([file])}"
-        )
+        raise WeightsError(f"the decoder is not here; name its weights with {flag}, or:\n{hub.instructions([file])}")
     table = own.get(TABLE) if config.text.kind == "table" else None
     if config.text.kind == "table" and table is None:
         raise WeightsError(f"{origin} holds no {TABLE}, without which {config.name!r} reads no prompt")

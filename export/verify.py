@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import ModelProto
-from torch import Tensor
 
 from cfrt import noise, shapes
 from cfrt.bundle import Segment, Verification
@@ -32,6 +32,7 @@ from cfrt.flow import TIME_SCALE, v_from_x0, x0_from_v
 from cfrt.nn.codec import Codec, codec
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.ring import RingCache
+from cfrt.nn.taehv import TAEHV
 from cfrt.nn.wan_vae import WanVAE
 
 from .build import build, norms
@@ -161,20 +162,19 @@ def compare(
     chain = _chain(source, segments, graphs, precision)
     dit = Lazy(shapes.dit(config), lambda name: rounded(source.dit[name], act))
     networks = [_Network(config, dit), *([_Network(config, source.dit)] if act != "fp32" else [])]
+    everybody: tuple[OnnxEngine | _Network, ...] = (chain, *networks)
     errors = {"velocity": 0.0, "rounding": 0.0}
     for unit in range(units):
         if unit in (0, units // 2):
             rows = noise.normal(1, unit, 0, 0, (config.text.length, config.text.width))
-            for each in (chain, *networks):
+            for each in everybody:
                 each.set_text(rows)
         for step, s in enumerate(LEVELS):
             x = chain.noise(unit, step)
-            v, *others = (
-                v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in (chain, *networks)
-            )
+            v, *others = (v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in everybody)
             errors["velocity"] = max(errors["velocity"], _error(v, others[0]))
             errors["rounding"] = max(errors["rounding"], _error(v, others[-1]))
-        for each in (chain, *networks):
+        for each in everybody:
             each.commit(chain.noise(unit, len(LEVELS)), unit)
     return errors | _pixels(source, chain, segments, precision)
 
@@ -182,7 +182,8 @@ def compare(
 def _pixels(source: Source, chain: OnnxEngine, segments: Sequence[Segment], precision: str) -> dict[str, float]:
     """The decoder over the first units, and the encoder over a picture, where there is one."""
     module = _codec(source.config, source.decoder, source.decodes, activations(precision))
-    state, video = None, 0.0
+    state: Any = None
+    video = 0.0
     for unit in range(DECODED):
         latents = chain.noise(unit, 0)
         expected = []
@@ -192,10 +193,11 @@ def _pixels(source: Source, chain: OnnxEngine, segments: Sequence[Segment], prec
         video = max(video, _error(chain.decode(latents), np.concatenate(expected)))
     errors = {"video": video}
     if source.encodes is not None and any(segment.name == "encoder" for segment in segments):
-        module = _codec(source.config, source.config.autoencoder.kind, source.encodes, "fp32")
+        reader = _codec(source.config, source.config.autoencoder.kind, source.encodes, "fp32")
+        assert not isinstance(reader, TAEHV)
         picture = np.random.default_rng(0).integers(0, 256, (*source.config.frame_size, 3), dtype=np.uint8)
         plain = torch.from_numpy(picture).permute(2, 0, 1)[None, None].float() / 255
-        errors["picture"] = _error(chain.encode(picture), module.encode(plain).numpy())
+        errors["picture"] = _error(chain.encode(picture), reader.encode(plain).numpy())
     return errors
 
 

@@ -21,9 +21,6 @@ from ..errors import EngineError
 Latents = Any
 """One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
 
-BUNDLE = "an exported bundle"
-"""The feature of engines that run one, and nothing else."""
-
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16", "fp64")
 
 
@@ -71,7 +68,6 @@ class Spec:
             "another decoder": self.decoder is not None,
             "tiles": self.tile is not None,
             "reference noise": self.config.reference_compat,
-            BUNDLE: self.bundle is not None,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 
@@ -168,7 +164,11 @@ _ENGINES = {
     "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
     "trt": _Entry("cfrt.engines.trt", "TrtEngine", needs=("_cfrt",), package="cfrt", bundles=True),
     "onnx": _Entry(
-        "cfrt.engines.onnx", "OnnxEngine", needs=("_cfrt", "onnx", "onnxruntime"), package="'cfrt[export]'", bundles=True
+        "cfrt.engines.onnx",
+        "OnnxEngine",
+        needs=("_cfrt", "onnx", "onnxruntime"),
+        package="'cfrt[export]'",
+        bundles=True,
     ),
     "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
 }
@@ -192,8 +192,6 @@ def refusal(name: str, spec: Spec) -> str | None:
         return "it runs a model's weights, not an exported bundle"
     engine = _load(name)
     lacking = sorted(spec.features - getattr(engine, "features", frozenset()))
-    if BUNDLE in lacking:
-        return "it runs models with their weights, and this is an exported bundle"
     return f"it cannot do {' or '.join(lacking)}" if lacking else engine.supported(spec)
 
 

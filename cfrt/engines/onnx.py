@@ -61,7 +61,7 @@ class CpuDevice:
         self._pool = kernels.Threads(threads)
         self._norms = {name: _norm(tensors, name, (config.depth, config.width)) for name in ("norm_q", "norm_k")}
         geometry = config.geometry
-        self.ring = kernels.Ring(
+        self._ring = kernels.Ring(
             Geometry(unit=geometry.unit, window=geometry.window, sinks=geometry.sinks),
             frame_tokens=config.frame_tokens,
             layers=config.depth,
@@ -69,6 +69,10 @@ class CpuDevice:
             dim=config.head_dim,
             precision="fp32",
         )
+
+    @property
+    def ring(self) -> kernels.Ring:
+        return self._ring
 
     def load(self, segment: Segment, graph: bytes) -> None:
         """A segment from its serialised fp32 twin."""

@@ -35,7 +35,7 @@ from ..bundle import STATE, Bundle, Segment
 from ..config import ModelConfig
 from ..errors import EngineError
 from ..flow import TIME_SCALE, time_embedding
-from . import BUNDLE, Latents, Spec
+from . import Latents, Spec
 
 
 class Ring(Protocol):
@@ -52,7 +52,8 @@ class Device(Protocol):
     largest port of that name. Calls come from one thread and take effect in order; only `pixels`, `keep` and `state`
     wait for results."""
 
-    ring: Ring
+    @property
+    def ring(self) -> Ring: ...
 
     # ------------------------------------------------------------------ a pass
 
@@ -136,7 +137,7 @@ class SegmentedEngine:
 
     name: ClassVar[str]
     fuses: ClassVar[bool] = False
-    features: ClassVar[frozenset[str]] = frozenset({BUNDLE})
+    features: ClassVar[frozenset[str]] = frozenset()
     precision: str
 
     def _device(self, spec: Spec, bundle: Bundle) -> Device:

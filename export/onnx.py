@@ -44,7 +44,7 @@ FREE = 256 << 20
 CODE = ("graph", "transformer", "pixels", "segments")
 
 Extras = Callable[[Draft, Sequence[Segment]], Mapping[str, Any]]
-"""What more to make in the draft, once the graphs are verified: fields for the manifest."""
+"""What more to make in the draft, once the graphs are verified: fields of the manifest, in place of its own or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +73,16 @@ class Export:
         with draft(self.out) as made:
             self._graphs(made)
             verification = self._verified(made)
-            more = extras(made, self.segments)
-            manifest = Manifest(
-                config=self.source.config,
-                precision=self.precision,
-                decoder=self.source.decoder,
-                segments=self.segments,
-                files=made.entries(),
-                tools=tools(),
-                verification=verification,
-                **more,
-            )
+            fields: dict[str, Any] = {
+                "config": self.source.config,
+                "precision": self.precision,
+                "decoder": self.source.decoder,
+                "segments": self.segments,
+                "tools": tools(),
+                "verification": verification,
+                **extras(made, self.segments),
+            }
+            manifest = Manifest(files=made.entries(), **fields)
             made.finish(manifest)
         return manifest
 

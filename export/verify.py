@@ -131,7 +131,7 @@ def _verified(level: str, precision: str, units: int, errors: Mapping[str, float
     """ExportError when an error is above its limit, or is no number."""
     half = activations(precision) != "fp32"
     limits = {name: SCALARS if half and name == "video" else EXACT for name in errors}
-    limits["rounding"] = ROUNDING[precision]
+    limits["rounding"] = ROUNDING[activations(precision)]
     wrong = [
         f"{name} {errors[name]:.3g} (at most {limits[name]:g})" for name in errors if not errors[name] <= limits[name]
     ]
@@ -156,19 +156,21 @@ def _verified(level: str, precision: str, units: int, errors: Mapping[str, float
 def compare(
     source: Source, segments: Sequence[Segment], graphs: Mapping[str, ModelProto], precision: str, units: int
 ) -> dict[str, float]:
-    """The largest relative errors (L2) over `units` units: `velocity`, `video`, `picture` (the encoder's latent) of the
-    graphs against `cfrt.nn` with the same rounded weights, and `rounding`, the velocity against unrounded ones."""
+    """The largest relative errors (L2), over `units` units, of the graphs against `cfrt.nn` with weights rounded alike:
+    `velocity`; `text`, of keys and values; `ring`, of what each layer remembers at the end; `video`; `picture`, of the
+    encoder's latent. And `rounding`: of the velocity against unrounded weights."""
     config, act = source.config, activations(precision)
-    chain = _chain(source, segments, graphs, precision)
+    device, chain = _chain(source, segments, graphs, precision)
     dit = Lazy(shapes.dit(config), lambda name: rounded(source.dit[name], act))
     networks = [_Network(config, dit), *([_Network(config, source.dit)] if act != "fp32" else [])]
     everybody: tuple[OnnxEngine | _Network, ...] = (chain, *networks)
-    errors = {"velocity": 0.0, "rounding": 0.0}
+    errors = {"velocity": 0.0, "rounding": 0.0, "text": 0.0}
     for unit in range(units):
         if unit in (0, units // 2):
             rows = noise.normal(1, unit, 0, 0, (config.text.length, config.text.width))
             for each in everybody:
                 each.set_text(rows)
+            errors["text"] = max(errors["text"], _text_error(device, networks[0]))
         for step, s in enumerate(LEVELS):
             x = chain.noise(unit, step)
             v, *others = (v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in everybody)
@@ -176,6 +178,7 @@ def compare(
             errors["rounding"] = max(errors["rounding"], _error(v, others[-1]))
         for each in everybody:
             each.commit(chain.noise(unit, len(LEVELS)), unit)
+    errors["ring"] = _ring_error(device, networks[0])
     return errors | _pixels(source, chain, segments, precision)
 
 
@@ -208,13 +211,15 @@ class _Witness(CpuDevice):
         return self.buffers["video"][skip:]
 
 
-def _chain(source: Source, segments: Sequence[Segment], graphs: Mapping[str, ModelProto], precision: str) -> OnnxEngine:
+def _chain(
+    source: Source, segments: Sequence[Segment], graphs: Mapping[str, ModelProto], precision: str
+) -> tuple[CpuDevice, OnnxEngine]:
     device = _Witness(source.config, norms(source, precision), threads=torch.get_num_threads())
     for segment in segments:
         device.load(segment, _twin(graphs[segment.name]))
     chain = OnnxEngine()
     chain.connect(device, source.config, segments)
-    return chain
+    return device, chain
 
 
 def _twin(model: ModelProto) -> bytes:
@@ -230,19 +235,36 @@ class _Network:
 
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
         self._dit = CausalDiT.from_arrays(config, tensors).eval()
-        self._ring = RingCache(config)
+        self.ring = RingCache(config)
 
     def set_text(self, rows: np.ndarray) -> None:
-        self._text = self._dit.text_kv(torch.from_numpy(rows)[None, None])
+        self.text = self._dit.text_kv(torch.from_numpy(rows)[None, None])
 
     def denoise(self, latents: np.ndarray, t: float, unit: int) -> np.ndarray:
         x = torch.from_numpy(latents)
-        v = self._dit.step(x, torch.tensor([t], dtype=torch.float64), self._text, self._ring, unit)
+        v = self._dit.step(x, torch.tensor([t], dtype=torch.float64), self.text, self.ring, unit)
         x0: np.ndarray = x0_from_v(x, v, t / TIME_SCALE).numpy()
         return x0
 
     def commit(self, latents: np.ndarray, unit: int) -> None:
-        self._dit.commit(torch.from_numpy(latents), self._text, self._ring, unit)
+        self._dit.commit(torch.from_numpy(latents), self.text, self.ring, unit)
+
+
+def _text_error(device: CpuDevice, network: _Network) -> float:
+    """Of keys and values of the text, the larger one over all layers."""
+    pairs = zip(("text_k", "text_v"), zip(*network.text, strict=True), strict=True)
+    return max(_error(device.buffers[name], torch.cat(parts).flatten(3)[:, 0].numpy()) for name, parts in pairs)
+
+
+def _ring_error(device: CpuDevice, network: _Network) -> float:
+    """Of the keys and values that each layer holds, the largest."""
+    errors = []
+    for frame in network.ring.held():
+        for layer in range(device.config.depth):
+            expected = network.ring.read(layer, frame)
+            got = device.ring.read(layer, frame)  # heads may be longer there, by zeros
+            errors += [_error(a[..., : b.shape[-1]], b[0].numpy()) for a, b in zip(got, expected, strict=True)]
+    return max(errors)
 
 
 def _codec(config: ModelConfig, kind: str, tensors: Tensors, dtype: str) -> Codec:

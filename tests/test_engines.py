@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_fixture import onnx_engine
 from student_fixture import random_weights, small_config
 
 from cfrt import engines, flow
 from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Spec, choose, names, refusal
 from cfrt.engines.native import NativeEngine
+from cfrt.engines.onnx import OnnxEngine
 from cfrt.engines.torch import TorchEngine
 from cfrt.errors import EngineError, WeightsError
 
@@ -25,14 +27,17 @@ def spec_of(config: ModelConfig, **changes: Any) -> Spec:
 Prepared = Callable[..., Any]
 
 
-@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"])
+@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32"), (OnnxEngine, "fp32")], ids=lambda p: p[0].name)
 def prepared(request: pytest.FixtureRequest) -> Prepared:
     """Makes an engine that has read its text."""
     kind, precision = request.param
 
     def make(config: ModelConfig, **changes: Any) -> Any:
-        engine = kind()
-        engine.prepare(spec_of(config, **{"precision": precision, **changes}))
+        if kind is OnnxEngine:
+            engine = onnx_engine(config, seed=changes.get("seed", 5))
+        else:
+            engine = kind()
+            engine.prepare(spec_of(config, **{"precision": precision, **changes}))
         engine.set_text(rows(1))
         return engine
 
@@ -107,9 +112,13 @@ def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:
 
 @geometries
 def test_fused_commit_equals_separate_commit(geometry: dict[str, int], prepared: Prepared) -> None:
-    """Theorem 4. For `torch` fusing is commit, then denoise."""
+    """Theorem 4. For `torch` fusing is commit, then denoise; an engine that does not fuse refuses to."""
     config = small_config(**geometry)
     engine, fused = prepared(config), prepared(config)
+    if not fused.fuses:
+        with pytest.raises(EngineError, match="call commit first"):
+            denoised(fused, config, 1, commit=denoised(fused, config, 0))
+        return
     expected = advance(engine, config, range(6))
     pixels, owed = [], None
     for unit in range(6):

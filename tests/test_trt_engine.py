@@ -58,7 +58,7 @@ def make_bundle(folder: Path, config: ModelConfig, weights: dict[str, np.ndarray
         segments=segments,
         files=entries(folder, names),
         tools={},
-        verification=Verification(level="segments", units=0, tolerance=1.0, errors={}, seconds=0.0),
+        verification=Verification(level="segments", units=0, errors={}, limits={}, seconds=0.0),
         plans=tuple(plans),
     )
     (folder / "manifest.json").write_text(manifest.to_json())

@@ -59,6 +59,7 @@ class CpuDevice:
         self.buffers: dict[str, np.ndarray] = {}
         self._sessions: dict[str, tuple[Segment, onnxruntime.InferenceSession]] = {}
         self._pool = kernels.Threads(threads)
+        self._head = Head(config)
         self._norms = {name: _norm(tensors, name, (config.depth, config.width)) for name in ("norm_q", "norm_k")}
         geometry = config.geometry
         self._ring = kernels.Ring(
@@ -66,7 +67,7 @@ class CpuDevice:
             frame_tokens=config.frame_tokens,
             layers=config.depth,
             heads=config.heads,
-            dim=config.head_dim,
+            dim=self._head.stored,
             precision="fp32",
         )
 
@@ -119,19 +120,19 @@ class CpuDevice:
             self._place,
             k,
             v,
-            weight=self._norms["norm_k"][layer],
-            eps=self.config.eps,
+            weight=self._head.norm(self._norms["norm_k"][layer]),
+            eps=self._head.eps,
             turn=self._turn,
             threads=self._pool,
         )
 
     def attend(self, layer: int) -> None:
-        heads = (-1, self.config.heads, self.config.head_dim)
+        heads = (-1, self.config.heads, self._head.stored)
         q, q_sink = kernels.queries(
             self._heads()[0],
             self.config.heads,
-            weight=self._norms["norm_q"][layer],
-            eps=self.config.eps,
+            weight=self._head.norm(self._norms["norm_q"][layer]) * self._head.query,
+            eps=self._head.eps,
             turn=self._turn,
             sink_turn=self._sink_turn,
             threads=self._pool,
@@ -146,18 +147,18 @@ class CpuDevice:
             sink_rows=0 if q_sink is None else self._sink_rows,
             threads=self._pool,
         )
-        self.buffers["attended"] = out
+        self.buffers["attended"] = self._head.taken(out)
 
     def _fed(self, port: Port) -> np.ndarray:
         whole = self.buffers[port.name]
         return whole if port.row is None else whole[port.row]
 
     def _heads(self) -> list[np.ndarray]:
-        return [np.ascontiguousarray(part) for part in np.split(self.buffers["qkv"], 3, axis=1)]
+        return [self._head.laid(part) for part in np.split(self.buffers["qkv"], 3, axis=1)]
 
     def _turns(self, frames: tuple[int, ...]) -> np.ndarray:
         config = self.config
-        return kernels.turns(frames, config.token_grid, config.rope_pairs, config.rope_theta)
+        return self._head.turn(kernels.turns(frames, config.token_grid, config.rope_pairs, config.rope_theta))
 
     # ------------------------------------------------------------------ latents and pixels
 
@@ -197,6 +198,43 @@ class CpuDevice:
 
     def close(self) -> None:
         self._sessions.clear()
+
+
+class Head:
+    """The kernels want heads of a multiple of 16 numbers: others lie among zeros, which change no product. Norms count
+    the zeros in their mean and attention in its scale, so their weights make up for that.
+
+    Legend: N rows, H heads, D numbers a head, P of them stored."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._dim, self._heads = config.head_dim, config.heads
+        self.stored = -(-self._dim // 16) * 16
+        share = self._dim / self.stored
+        self.eps = config.eps * share
+        self.query = np.float32(share**-0.5)
+        self._gain = np.float32(share**0.5)
+
+    def laid(self, rows: np.ndarray) -> np.ndarray:
+        """[N, H P] of [N, H D]."""
+        if self.stored == self._dim:
+            return np.ascontiguousarray(rows)
+        wide = np.zeros((len(rows), self._heads, self.stored), np.float32)
+        wide[..., : self._dim] = rows.reshape(len(rows), self._heads, self._dim)
+        return wide.reshape(len(rows), -1)
+
+    def taken(self, rows: np.ndarray) -> np.ndarray:
+        """[N, H D] of [N, H P]."""
+        return rows.reshape(len(rows), self._heads, self.stored)[..., : self._dim].reshape(len(rows), -1)
+
+    def norm(self, weight: np.ndarray) -> np.ndarray:
+        """The weight of a norm over H D, [H D], as that of a norm over H P."""
+        return self.laid(weight[None])[0] * self._gain
+
+    def turn(self, turn: np.ndarray) -> np.ndarray:
+        """[N, 2, P] of [N, 2, D]: zeros do not turn."""
+        wide = np.zeros((len(turn), 2, self.stored), np.float32)
+        wide[..., : self._dim] = turn
+        return wide
 
 
 def _norm(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:

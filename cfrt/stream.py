@@ -389,7 +389,7 @@ class Stream:
             decoder=self._spec.decoder,
             tile=self._spec.tile,
             engine=self.engine,
-            device=self._spec.device,
+            device="cpu" if self._spec.device == "auto" and self.engine != "trt" else self._spec.device,
             precision=self.precision,
         )
 

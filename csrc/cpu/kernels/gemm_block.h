@@ -74,16 +74,25 @@ struct Floating : Dot {
     };
 };
 
+// What is read after this tile, from far away: a line is asked for in every step, so that it lies in the second-level
+// cache by then.
+struct Ahead {
+    const char* at;
+    std::int64_t step;  // bytes
+};
+
 // The sums of R rows by V vectors over `groups`; every kVecs vectors the next panel begins, `panel` elements on.
 template <class Micro, int R, int V>
 CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Micro::A* a, std::int64_t stride,
-                            const typename Micro::W* w, std::int64_t panel, std::int64_t groups) {
+                            const typename Micro::W* w, std::int64_t panel, std::int64_t groups, Ahead& ahead) {
     constexpr int kGroup = Micro::kGroup;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
     for (std::int64_t k = 0; k < groups; ++k, w += kGroup * kPanel) {
+        __builtin_prefetch(ahead.at, 0, 2);
+        ahead.at += ahead.step;
 #pragma GCC unroll 2
         for (int step = Micro::kSteps - 1; step >= 0; --step) {
             if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
@@ -103,7 +112,7 @@ CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Mic
 // R rows by P panels, `panel` elements apart: sums [P][R][kPanel].
 template <class Micro, int R, int P>
 void block(const typename Micro::A* a, std::int64_t stride, const typename Micro::W* w, std::int64_t panel,
-           std::int64_t groups, typename Micro::Sum* sums) {
+           std::int64_t groups, Ahead ahead, typename Micro::Sum* sums) {
     constexpr int V = P * kVecs;
     typename Micro::Acc acc[R][V];
     const auto put = [&](bool first) {
@@ -117,18 +126,18 @@ void block(const typename Micro::A* a, std::int64_t stride, const typename Micro
     if constexpr (Micro::kExact > 0) {
         for (; groups - begin > Micro::kExact; begin += Micro::kExact) {
             accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
-                              Micro::kExact);
+                              Micro::kExact, ahead);
             put(begin == 0);
         }
     }
     accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
-                      groups - begin);
+                      groups - begin, ahead);
     put(begin == 0);
 }
 
 template <class Micro>
 using Block = void (*)(const typename Micro::A*, std::int64_t, const typename Micro::W*, std::int64_t, std::int64_t,
-                       typename Micro::Sum*);
+                       Ahead, typename Micro::Sum*);
 
 template <int... R>
 struct RowCounts {};
@@ -253,7 +262,10 @@ void run(const Gemm& g, std::int64_t begin, std::int64_t end) {
         const Block<Micro>* table = together == 4   ? blocks<Micro, 4, kQuadRows>
                                     : together == 2 ? blocks<Micro, 2, kPairRows>
                                                     : blocks<Micro, 1, kMostRows<Micro>>;
-        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups, sums);
+        // The rows of a panel share in asking for the next one.
+        const std::int64_t share = size * static_cast<std::int64_t>(sizeof *panels) / row_count;
+        const Ahead ahead{reinterpret_cast<const char*>(panels + (panel + together) * size) + part * share, share / groups};
+        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups, ahead, sums);
         for (int p = 0; p < together; ++p) {
             t.column = (panel + p) * kPanel;
             t.columns = static_cast<int>(least<std::int64_t>(kPanel, g.w->n - t.column));

@@ -88,7 +88,18 @@ struct Loader {
     std::vector<DitLayer> layers(Precision blocks, Precision text) const {
         std::vector<DitLayer> all;
         for (std::int64_t i = 0; i < config.depth; ++i) all.push_back(layer(i, blocks, text));
+        in_order_of_use(all);
         return all;
+    }
+
+    // As a sweep reads them, the last one before the first of the next sweep.
+    static void in_order_of_use(std::vector<DitLayer>& layers) {
+        Linear* before = &layers.back().ffn_out;
+        for (DitLayer& l : layers)
+            for (Linear* linear : {&l.kv, &l.q, &l.o, &l.text_q, &l.text_o, &l.ffn_in, &l.ffn_out}) {
+                before->precede(*linear);
+                before = linear;
+            }
     }
 };
 

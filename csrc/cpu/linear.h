@@ -66,6 +66,7 @@ class Linear {
     const PackedWeights& w() const { return weights_.view(); }
     const float* bias() const { return bias_.data(); }
     std::size_t bytes() const { return weights_.bytes() + bias_.size() * sizeof(float); }
+    void precede(const Linear& next) { weights_.precede(next.weights_); }
 
   private:
     std::vector<float> bias_;

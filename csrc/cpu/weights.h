@@ -19,6 +19,11 @@ class Weights {
     const PackedWeights& view() const { return view_; }
     std::size_t bytes() const { return panels_.size() + scale_.size() + offset_.size(); }
 
+    // Products with these weights bring the first of `next` into the cache, which must live as long.
+    void precede(const Weights& next) {
+        view_.next = next.view_.panels, view_.next_bytes = static_cast<std::int64_t>(next.panels_.size());
+    }
+
   private:
     PackedWeights view_;
     Buffer panels_, scale_, offset_;

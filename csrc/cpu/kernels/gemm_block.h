@@ -26,6 +26,7 @@
 #pragma once
 
 #include "../simd.h"
+#include "activations.h"
 #include "gemm.h"
 
 namespace cfrt::CFRT_LEVEL {
@@ -58,7 +59,7 @@ struct Tile {
 //   kExact         groups that Acc holds without loss, 0 where there is no bound
 //   Acc            vector of sums; dot(x, w, acc) adds products, with x = splat(step, row), w = load(step, panel)
 //   put(to, acc, first)  from Acc to Sum, adding unless it is the first
-//   Column(g, column).value(sum, row)  from kLanes Sums to numbers
+//   Column(g, column).plus(bias, sum, row)  from kLanes Sums to numbers, plus the bias
 
 // Sums that are numbers already.
 template <class Dot>
@@ -70,16 +71,18 @@ struct Floating : Dot {
 
     struct Column {
         Column(const Gemm&, std::int64_t) {}
-        CFRT_INLINE Vec value(const float* sum, std::int64_t) const { return load(sum); }
+        CFRT_INLINE Vec plus(Vec bias, const float* sum, std::int64_t) const { return load(sum) + bias; }
     };
 };
 
-// What is read after this tile, from far away: a line is asked for in every step, so that it lies in the second-level
-// cache by then.
+// The panel after this one. A line of it is asked for in every step, the tiles of a panel share in that, so that it
+// comes from far away while this one is worked on. Tiles of few rows leave that to the CPU: they read panels one after
+// the other without a break, which it foresees.
 struct Ahead {
     const char* at;
     std::int64_t step;  // bytes
 };
+constexpr int kLowRows = 8;
 
 // The sums of R rows by V vectors over `groups`; every kVecs vectors the next panel begins, `panel` elements on.
 template <class Micro, int R, int V>
@@ -91,8 +94,10 @@ CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Mic
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
     for (std::int64_t k = 0; k < groups; ++k, w += kGroup * kPanel) {
-        __builtin_prefetch(ahead.at, 0, 2);
-        ahead.at += ahead.step;
+        if constexpr (R > kLowRows) {
+            __builtin_prefetch(ahead.at, 0, 2);
+            ahead.at += ahead.step;
+        }
 #pragma GCC unroll 2
         for (int step = Micro::kSteps - 1; step >= 0; --step) {
             if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
@@ -180,7 +185,7 @@ CFRT_INLINE void for_each_vec(const Gemm& g, const Tile& t, const typename Micro
         const typename Micro::Column scaled(g, column);
         const Vec bias = g.bias ? load_some(g.bias + column, lanes) : zero();
         for (int r = 0; r < t.rows; ++r)
-            finish(scaled.value(sums + r * kPanel + v * kLanes, t.row + r) + bias, lanes, t.row + r, column);
+            finish(scaled.plus(bias, sums + r * kPanel + v * kLanes, t.row + r), lanes, t.row + r, column);
     }
 }
 
@@ -248,24 +253,27 @@ CFRT_INLINE int side_by_side(const Gemm& g, std::int64_t left) {
 
 template <class Micro>
 void run(const Gemm& g, std::int64_t begin, std::int64_t end) {
+    using W = typename Micro::W;
     alignas(64) typename Micro::Sum sums[kSums];
     const std::int64_t row_count = row_blocks<Micro>(g), groups = g.w->depth / Micro::kGroup,
                        size = kPanel * g.w->depth;
     const auto* a = static_cast<const typename Micro::A*>(g.a);
-    const auto* panels = static_cast<const typename Micro::W*>(g.w->panels);
+    const auto* panels = static_cast<const W*>(g.w->panels);
+    const char* onward = g.w->next ? static_cast<const char*>(g.w->next) + g.w->next_bytes * begin / tiles<Micro>(g)
+                                   : static_cast<const char*>(g.w->panels);
     while (begin < end) {
         const std::int64_t panel = begin / row_count, part = begin % row_count;
         const int together = side_by_side(g, end - begin);
         Tile t;
         t.row = g.m * part / row_count;
         t.rows = static_cast<int>(g.m * (part + 1) / row_count - t.row);
+        const std::int64_t after = panel + together, share = size * static_cast<std::int64_t>(sizeof(W)) / row_count;
+        const char* far = after * row_count < end ? reinterpret_cast<const char*>(panels + after * size) : onward;
         const Block<Micro>* table = together == 4   ? blocks<Micro, 4, kQuadRows>
                                     : together == 2 ? blocks<Micro, 2, kPairRows>
                                                     : blocks<Micro, 1, kMostRows<Micro>>;
-        // The rows of a panel share in asking for the next one.
-        const std::int64_t share = size * static_cast<std::int64_t>(sizeof *panels) / row_count;
-        const Ahead ahead{reinterpret_cast<const char*>(panels + (panel + together) * size) + part * share, share / groups};
-        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups, ahead, sums);
+        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups,
+                          {far + part * share, share / groups}, sums);
         for (int p = 0; p < together; ++p) {
             t.column = (panel + p) * kPanel;
             t.columns = static_cast<int>(least<std::int64_t>(kPanel, g.w->n - t.column));

@@ -48,9 +48,7 @@ struct Bf16 {
 #else
     // First the odd numbers of the pairs, then the even ones: each is a float once its neighbour is out of the way.
     static constexpr int kSteps = 2;
-    CFRT_INLINE static Vec half(int step, Int pairs) {
-        return step == 1 ? upper((Vec)pairs) : lower((Vec)pairs);
-    }
+    CFRT_INLINE static Vec half(int step, Int pairs) { return step == 1 ? upper((Vec)pairs) : lower((Vec)pairs); }
     CFRT_INLINE static Vec load(int step, const W* p) {
         return half(step, iload(reinterpret_cast<const std::int32_t*>(p)));
     }

@@ -135,8 +135,8 @@ void block(const typename Micro::A* a, std::int64_t stride, const typename Micro
             put(begin == 0);
         }
     }
-    accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
-                      groups - begin, ahead);
+    accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel, groups - begin,
+                      ahead);
     put(begin == 0);
 }
 

@@ -1,4 +1,5 @@
-"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
+"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`, serve in
+`cfrt.serve.command`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -24,6 +25,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, Us
 from . import __version__
 from .errors import CfrtError, VideoError
 from .model_commands import Convert, Plan, Pull
+from .serve.command import Serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,8 +80,8 @@ class Generate:
     """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. Default: what the engine can do nothing without, else the CPU."""
     precision: str = "auto"
     """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1
@@ -142,12 +144,12 @@ class Generate:
 
     def _stream(self, trace: "Trace | None") -> "Stream":
         from . import students
-        from .config import ModelConfig
         from .stream import Stream
+        from .weights import read_config
 
         config = None
         if self.image is not None or self.prefix is not None:
-            config = ModelConfig.load(students.find(self.model) / students.CONFIG)
+            config = read_config(students.find(self.model))
         return Stream(
             self.prompt,
             model=self.model,
@@ -271,6 +273,7 @@ class Models:
 
 Command = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Pull, subcommand("pull")]

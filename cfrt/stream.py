@@ -25,6 +25,7 @@ import numpy as np
 
 from . import students
 from .arguments import beat, changed, continuation, count, reader
+from .bundle import Bundle, is_bundle
 from .clip import Clip, panel
 from .engines import Engine, Spec, choose
 from .errors import CfrtError, EngineError
@@ -60,7 +61,7 @@ class Change:
 class Stream:
     """Frames of a prompt, without end, made in the background at most one unit ahead.
 
-    model: name of an embedded student, or the folder of a model.
+    model: name of an embedded student, or the folder of a model or of an exported bundle.
     seed: same seed, engine, precision and number of threads: same bytes.
     fps: the beat at which frames are handed out; None is the model's own, "max" hands them out as they are made.
     keep: "all" hands out every frame, however slow the consumer; "latest" goes on in its own time and skips what a slow
@@ -102,7 +103,7 @@ class Stream:
         reference_compat: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         trace: Hook | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
     ) -> None:
@@ -127,6 +128,7 @@ class Stream:
             prefix=0 if prefix is None else len(prefix),
             decoder=decoder,
             tile=tile,
+            bundle=Bundle.open(folder) if is_bundle(folder) else None,
         )
         chosen, self.refusals = choose(engine, self._spec)
         made = chosen()
@@ -223,6 +225,10 @@ class Stream:
         unit, cost = self._worker.change(text, rows, blend_units=blend_units, blend=blend, recache=recache, flush=flush)
         self._prompt = text
         return Change(unit, None if cost is None else 1000 * cost)
+
+    def read(self, text: str) -> Encoded:
+        """How the model reads a prompt: the words that it understood and, in `notes`, those that it did not."""
+        return self._text.encode(text)
 
     def reseed(self, seed: int) -> Change:
         """Other noise from the first unit on of which no frame has been handed out."""
@@ -382,7 +388,7 @@ class Stream:
             decoder=self._spec.decoder,
             tile=self._spec.tile,
             engine=self.engine,
-            device=self._spec.device,
+            device="cpu" if self._spec.device == "auto" and self.engine != "trt" else self._spec.device,
             precision=self.precision,
         )
 

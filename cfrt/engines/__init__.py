@@ -81,7 +81,8 @@ class Memory:
     """Keys and values of whole latent frames, each [layers, 2, B, N, H, D], keys turned to their absolute position
     and the two numbers of a rotary pair side by side, as Wan has them."""
     decoder: tuple[np.ndarray, ...]
-    """What the decoder keeps of the frames before; empty where the stream begins."""
+    """What the decoder keeps of the frames before, in the order in which its layers run, each with the clips as its
+    first axis (one): [1, C, h, w] for the small autoencoder. Empty where the stream begins."""
 
     @property
     def nbytes(self) -> int:

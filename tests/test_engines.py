@@ -102,7 +102,7 @@ def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int], prepared: P
 in_core = pytest.mark.parametrize(
     "prepared", [(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"], indirect=True
 )
-"""The engines whose memory is this file's; tests/test_onnx_engine.py and test_trt_engine.py have those of bundles."""
+"""Engines of bundles have tests of their own."""
 
 
 @in_core

@@ -158,6 +158,8 @@ def test_the_keyboard_does_it_all(open_page: Open) -> None:
     eventually(page, lambda: unit(page) >= 6)
     page.press("body", "Space")
     eventually(page, lambda: page.get_attribute("#pause", "aria-pressed") == "true")
+    settled(page)
+    page.press("body", ".")  # to the end of the unit on show
     paused = settled(page)
     page.press("body", ".")
     eventually(page, lambda: unit(page) == paused + 1)

@@ -232,7 +232,9 @@ const back = (seconds) => {
 
 async function branch() {
   try {
-    adopt((await current.post("branch")).id);
+    const trunk = current;
+    const { id } = await trunk.post("branch");
+    adopt(id).inherit(trunk);
   } catch (error) {
     toast(error.message);
   }

@@ -21,7 +21,7 @@ import pytest
 import websockets.exceptions
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from prometheus_client.parser import text_string_to_metric_families
-from serve_fixture import OTHER, PROMPT, Served, running, tool
+from serve_fixture import OTHER, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
 from cfrt.serve import formats, rtc
@@ -541,17 +541,12 @@ def test_a_failure_of_our_own_shows_no_traceback(served: Served, name: str, monk
 
 
 def test_the_command_serves_and_ends() -> None:
-    command = [sys.executable, "-m", "cfrt", "serve", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[-1]
+    with process() as (url, server):
         client = Client(url)
-        stream = client.stream(PROMPT)
-        frames = stream.frames()
-        next(frames)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) in (0, 130)
-        frames.close()
+        with closing(client.stream(PROMPT).frames()) as frames:
+            next(frames)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) in (0, 130)
     with pytest.raises(ServerError, match="start it with: cfrt serve"):
         client.model()
 

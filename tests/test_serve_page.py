@@ -123,7 +123,7 @@ def test_a_prompt_changes_the_picture_by_webrtc(open_page: Open) -> None:
     page = open_page()
     say(page, PROMPT)
     eventually(page, lambda: colour(page) == "red")
-    page.wait_for_function("document.querySelector('#link span').textContent === 'WebRTC'")
+    page.wait_for_selector("#link:has-text('WebRTC')")
     say(page, OTHER)
     eventually(page, lambda: colour(page) == "blue")
     eventually(page, lambda: re.fullmatch(r"[\d.]+ms", page.inner_text("#t-change")))

@@ -11,9 +11,10 @@ from time import perf_counter
 from typing import Any
 
 from . import __version__, students
+from .bundle import Bundle, is_bundle
 from .config import PRESETS, ModelConfig
 from .errors import CfrtError
-from .weights import WEIGHTS_FILE
+from .weights import WEIGHTS_FILE, read_config
 
 PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "tensorrt-rtx")
 VARIABLES = ("CFRT_ENGINE", "CFRT_ISA", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -82,7 +83,9 @@ def _engines(model: str) -> dict[str, Any]:
     from .engines import Spec, choose, names, refusal
 
     try:
-        spec = Spec(config=ModelConfig.load(students.find(model) / students.CONFIG), weights={})
+        folder = students.find(model)
+        bundle = Bundle.open(folder) if is_bundle(folder) else None
+        spec = Spec(config=read_config(folder), weights={}, bundle=bundle)
         refusals = {name: refusal(name, spec) for name in names()}
     except CfrtError as error:
         return {"model": model, "error": str(error)}
@@ -116,7 +119,7 @@ def _speed(model: str) -> dict[str, Any]:
     from .stream import Stream
 
     try:
-        config = ModelConfig.load(students.find(model) / students.CONFIG)
+        config = read_config(students.find(model))
         with Stream(next(iter(config.text.vocab), model), model=model, fps="max") as stream:
             frames = stream.frames()
             for _ in range(config.first_frame(2)):

@@ -32,6 +32,20 @@ class RawAttention(ctypes.Structure):
         "q_stride out_stride row_stride",
         "queries heads dim splits piece_count sink_pieces",
         ("scale", ctypes.c_float),
+        ("record", ctypes.c_void_p),
+        ("pieces", RawPiece * 128),
+    )
+
+
+class RawPass(ctypes.Structure):
+    """cfrt_pass of pass.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("unit", ctypes.c_uint32),
+        *_structure("", "", "granules sink_granules piece_count sink_pieces frames"),
+        ("first_frame", ctypes.c_int64),
+        ("place", ctypes.c_int32 * 32),
         ("pieces", RawPiece * 128),
     )
 
@@ -44,7 +58,7 @@ class RawAppend(ctypes.Structure):
         *_structure(
             "q_weight k_weight q_out q_sink_out q_scale q_sink_scale k_out v_out k_scale v_scale scratch", "", ""
         ),
-        *_structure("", "first_frame last_sink_view", "heads dim frames rows columns"),
+        *_structure("record", "first_frame last_sink_view", "heads dim frames rows columns"),
         ("pairs", ctypes.c_int32 * 3),
         ("eps", ctypes.c_float),
         ("granules", ctypes.c_int32 * 32),

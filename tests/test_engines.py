@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_fixture import onnx_engine
 from student_fixture import random_weights, small_config
 
 from cfrt import engines, flow
 from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Spec, choose, names, refusal
 from cfrt.engines.native import NativeEngine
+from cfrt.engines.onnx import OnnxEngine
 from cfrt.engines.torch import TorchEngine
 from cfrt.errors import EngineError, WeightsError
 
@@ -25,14 +27,17 @@ def spec_of(config: ModelConfig, **changes: Any) -> Spec:
 Prepared = Callable[..., Any]
 
 
-@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"])
+@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32"), (OnnxEngine, "fp32")], ids=lambda p: p[0].name)
 def prepared(request: pytest.FixtureRequest) -> Prepared:
     """Makes an engine that has read its text."""
     kind, precision = request.param
 
     def make(config: ModelConfig, **changes: Any) -> Any:
-        engine = kind()
-        engine.prepare(spec_of(config, **{"precision": precision, **changes}))
+        if kind is OnnxEngine:
+            engine = onnx_engine(config, seed=changes.get("seed", 5))
+        else:
+            engine = kind()
+            engine.prepare(spec_of(config, **{"precision": precision, **changes}))
         engine.set_text(rows(1))
         return engine
 
@@ -107,9 +112,13 @@ def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:
 
 @geometries
 def test_fused_commit_equals_separate_commit(geometry: dict[str, int], prepared: Prepared) -> None:
-    """Theorem 4. For `torch` fusing is commit, then denoise."""
+    """Theorem 4. For `torch` fusing is commit, then denoise; an engine that does not fuse refuses to."""
     config = small_config(**geometry)
     engine, fused = prepared(config), prepared(config)
+    if not fused.fuses:
+        with pytest.raises(EngineError, match="call commit first"):
+            denoised(fused, config, 1, commit=denoised(fused, config, 0))
+        return
     expected = advance(engine, config, range(6))
     pixels, owed = [], None
     for unit in range(6):
@@ -202,7 +211,9 @@ def test_auto_takes_the_first_that_can() -> None:
     assert choose("auto", spec_of(small_config())) == (NativeEngine, {})
     engine, refusals = choose("auto", spec_of(small_config(), precision="fp64"))
     assert engine is TorchEngine
-    assert refusals == {"native": "it computes in fp32, bf16, int8, not in 'fp64'"}
+    assert list(refusals) == ["native", "trt", "onnx"]
+    assert refusals["native"] == "it computes in fp32, bf16, int8, not in 'fp64'"
+    assert "it runs exported bundles" in refusals["trt"]
     assert choose("auto", spec_of(small_config(), precision="int8"))[0] is NativeEngine
     assert "not in 'int8'" in (refusal("torch", spec_of(small_config(), precision="int8")) or "")
 
@@ -210,7 +221,7 @@ def test_auto_takes_the_first_that_can() -> None:
 def test_a_refusal_gives_its_reason() -> None:
     spec = Spec(config=small_config(), weights={}, decoder="taehv")
     assert "kind 'tiny'" in (refusal("torch", spec) or "")
-    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; torch: .*'tiny'"):
+    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; .*torch: .*'tiny'"):
         choose("auto", spec)
     with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'tiny'.*no other engine"):
         choose("torch", spec)

@@ -45,3 +45,15 @@ def test_a_ratio_is_the_fastest_others_time_over_ours(tool: ModuleType) -> None:
     rows.append(row | {"engine": "onnxruntime", "ms": None, "failed": "it was wrong"})
     kept = json.loads(json.dumps(tool.load() | {"rows": rows}))
     assert "| S/64, 1 thread | 10.0, 25.0 (OpenVINO), **2.5x** |" in tool.section(kept)
+
+
+def test_the_page_on_control_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python tools/steering.py` would change nothing; and the long run kept its promises."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    steering = importlib.import_module("steering")
+    text = steering.PAGE.read_text(encoding="utf-8")
+    assert steering.page(text) == text
+    soak = json.loads(steering.SOAK.read_text())
+    assert soak["seconds"] >= 600
+    assert abs(soak["drift_frames"]["largest"]) <= 1
+    assert soak["memory"]["growth_mb"] < 8

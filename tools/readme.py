@@ -34,7 +34,7 @@ def fill(text: str, name: str, body: str) -> str:
     """`text` with `body` between the markers of `name`."""
     begin, end = f"<!-- generated:{name} -->", f"<!-- /generated:{name} -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"readme: expected the markers {begin} and {end} in README.md")
+        raise SystemExit(f"readme: expected the markers {begin} and {end} in the page")
     before, after = text.split(begin, 1)[0], text.split(end, 1)[1]
     return f"{before}{begin}\n{body}\n{end}{after}"
 

@@ -51,7 +51,7 @@ class NativeEngine:
         kind = spec.config.autoencoder.kind
         if kind != "tiny":
             return f"it has no video autoencoder of kind {kind!r}"
-        if spec.device != "cpu":
+        if spec.device not in ("auto", "cpu"):
             return f"it runs on cpu, not on {spec.device!r}"
         if spec.precision not in ("auto", *PRECISIONS):
             return f"it computes in {', '.join(PRECISIONS)}, not in {spec.precision!r}"

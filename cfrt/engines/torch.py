@@ -26,6 +26,7 @@ from ..nn.reference_noise import ReferenceNoise
 from ..nn.ring import RingCache
 from ..nn.taehv import TAEHV
 from ..nn.tiles import Tiling
+from ..trace import Hook
 from ..weights import part
 from . import Memory, Spec, fit_memory
 
@@ -65,9 +66,9 @@ class TorchEngine:
             return f"TAEHV decodes the latents of Wan's autoencoder, not those of kind {kind!r}"
         if spec.precision not in ("auto", *DTYPES):
             return f"it computes in {', '.join(DTYPES)}, not in {spec.precision!r}"
-        if spec.device.split(":")[0] not in ("cpu", "cuda"):
+        if spec.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             return f"it runs on cpu, cuda or cuda:N, not on {spec.device!r}"
-        if spec.device != "cpu" and not torch.cuda.is_available():
+        if spec.device not in ("auto", "cpu") and not torch.cuda.is_available():
             return f"PyTorch {torch.__version__} finds no CUDA device here; device='cpu' works"
         return None
 
@@ -76,7 +77,11 @@ class TorchEngine:
             torch.set_num_threads(spec.threads)
         self._spec, self._config = replace(spec, weights={}), spec.config
         self.precision = "fp32" if spec.precision == "auto" else spec.precision
-        self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
+        self._device, self._dtype = (
+            torch.device("cpu" if spec.device == "auto" else spec.device),
+            DTYPES[self.precision],
+        )
+        self.annotate: Hook | None = torch.cuda.nvtx.range if self._device.type == "cuda" else None
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)

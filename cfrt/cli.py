@@ -1,4 +1,4 @@
-"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
+"""The command `cfrt`: generate, doctor, models; bench is in `cfrt.bench`; convert, pull, plan in `cfrt.model_commands`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -22,6 +22,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, UseAppendAction, arg, subcommand
 
 from . import __version__
+from .bench import Bench
 from .errors import CfrtError, VideoError
 from .model_commands import Convert, Plan, Pull
 
@@ -264,6 +265,7 @@ Command = (
     | Annotated[Pull, subcommand("pull")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Bench, subcommand("bench")]
 )
 
 

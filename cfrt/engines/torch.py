@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import noise
 from ..errors import EngineError
 from ..flow import TIME_SCALE, guide, x0_from_v
-from ..nn.attention import cuda_refusal
+from ..nn.attention import fastest
 from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
 from ..nn.reference_noise import ReferenceNoise
@@ -71,13 +71,15 @@ class TorchEngine:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self._config, self._seed = spec.config, spec.seed
-        self.precision = "fp32" if spec.precision == "auto" else spec.precision
-        self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
+        self._device = torch.device(spec.device)
+        own = "bf16" if self._device.type == "cuda" else "fp32"  # our kernels and flash-attn want 16 bits
+        self.precision = own if spec.precision == "auto" else spec.precision
+        self._dtype = DTYPES[self.precision]
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)
         self._ring = RingCache(spec.config, 1 if self._null is None else 2, self._dtype, self._device)
-        self._attention = "cuda" if cuda_refusal(self._device, self._dtype, spec.config.head_dim) is None else "sdpa"
+        self._attention = fastest(self._device, self._dtype, spec.config.head_dim)
         self._reference = self._reference_noise(spec) if spec.config.reference_compat else None
         self._text: TextKV | None = None
         self._decoded = 0  # units decoded: the next one's number

@@ -1,34 +1,29 @@
 """From ONNX graphs to TensorRT engines, without a GPU: `Builder`.
 
 Engines are built by a child process (`builder_worker`), so that a build that aborts is an error like any other here.
-The same graph, targets and tools give the same bytes; so an engine that was built before is taken from a folder, by the
-hash of all that it was made from, and an export that was cut off goes on where it stopped.
+The same graph, targets and tools give the same bytes, so `Builder.key` says whether an engine that is there is the one
+that would be built.
 """
 
-import hashlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Self
 
-from onnx import ModelProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-
+from cfrt.bundle import sha256
 from cfrt.engines import gpu
 from cfrt.errors import ExportError
 
 from . import builder_worker, graph_rules
+from .draft import key
 
 TARGETS = ("sm80", "sm86", "sm89", "sm120")
 """What TensorRT-RTX compiles for; the RTX 4090 is sm89. There is no sm90: an H100 cannot run its engines."""
@@ -71,61 +66,34 @@ def refusal(backend: str, targets: Sequence[str]) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """An engine and what it took."""
-
-    path: Path
-    sha256: str
-    bytes: int
-    seconds: float
-    peak_bytes: int
-    """Memory of the building process, at most, up to then."""
-    cached: bool
-    """Was it there already? `seconds` and `peak_bytes` are then of when it was built."""
-
-
 class Builder:
-    """Builds engines for named GPUs; use it in a `with` block, which ends its process.
+    """Builds engines for named GPUs; use it in a `with` block, which ends its process."""
 
-    cache: folder of engines built before; made when it is not there."""
-
-    def __init__(self, backend: str = "rtx", *, targets: Sequence[str] = ("sm89",), cache: Path) -> None:
+    def __init__(self, backend: str = "rtx", *, targets: Sequence[str] = ("sm89",)) -> None:
         reason = refusal(backend, targets)
         if reason is not None:
             raise ExportError(f"no engine can be built: {reason}")
         self.backend, self.targets = BACKENDS[backend], tuple(targets)
         self.version = metadata.version(self.backend.distribution)
-        self._cache = cache
+        self.peak_bytes = 0
+        """The most memory that the building process has held."""
         self._child: _Child | None = None
-        cache.mkdir(parents=True, exist_ok=True)
 
-    def build(self, onnx: Path, out: Path, *, fresh: bool = False) -> Built:
-        """Writes the engine of a graph to `out`; fresh: even if it was built before, and without remembering it.
+    @property
+    def name(self) -> str:
+        """Module and version: "tensorrt_rtx 1.7.1.116"."""
+        return f"{self.backend.module} {self.version}"
 
-        ExportError with the first real complaint, which names the layer where TensorRT does."""
-        model = graph_rules.load(onnx)
-        graph_rules.check(model, onnx.stem)
-        key = self._key(onnx, model)
-        kept, note = self._cache / f"{key}.engine", self._cache / f"{key}.json"
-        if not fresh and (found := _remembered(kept, note)) is not None:
-            _place(kept, out)
-            return Built(**{**found, "path": out, "cached": True})
-        part = self._cache / f"{key}.{os.getpid()}.part"
-        try:
-            report = self._ask(onnx, part)
-            built = Built(path=out, sha256=digest(part), bytes=part.stat().st_size, cached=False, **report)
-            if fresh:
-                part.replace(out)
-                return built
-            part.replace(kept)
-        finally:
-            part.unlink(missing_ok=True)
-        note.write_text(json.dumps({**asdict(built), "path": None}), encoding="utf-8")
-        _place(kept, out)
-        return built
+    def key(self, onnx: Path) -> str:
+        """Names everything that the engine's bytes follow from; the recipe is the worker's own source."""
+        recipe = Path(builder_worker.__file__)
+        return key(self.name, *self.targets, sha256(recipe), sha256(onnx))
 
-    def _ask(self, onnx: Path, out: Path) -> dict[str, Any]:
+    def build(self, onnx: Path, out: Path) -> float:
+        """Writes the engine of a graph, for all targets at once; gives the seconds that it took.
+
+        ExportError with the first real complaint, which names the layer where TensorRT does; there is no `out` then."""
+        graph_rules.check(graph_rules.load(onnx), onnx.stem)
         if self._child is None:
             self._child = _Child(self.backend.module)
         try:
@@ -135,13 +103,9 @@ class Builder:
             raise ExportError(f"the engine of {onnx.stem!r} cannot be built: {died}") from died
         if "error" in answer:
             raise ExportError(f"the engine of {onnx.stem!r} cannot be built: {answer['error']}")
-        return answer
-
-    def _key(self, onnx: Path, model: ModelProto) -> str:
-        """Hash of everything that the engine's bytes follow from; the recipe is the worker's own source."""
-        parts = [self.backend.module, self.version, *self.targets, digest(Path(builder_worker.__file__)), digest(onnx)]
-        parts += [digest(onnx.parent / name) for name in external_files(model)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
+        seconds: float = answer["seconds"]
+        return seconds
 
     def close(self) -> None:
         """Ends the child process."""
@@ -154,45 +118,6 @@ class Builder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# ---------------------------------------------------------------------- files
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(256)
-def _digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def external_files(model: ModelProto) -> list[str]:
-    """Files beside a graph that hold its weights."""
-    tensors = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
-    return sorted({ExternalDataInfo(tensor).location for tensor in tensors})
-
-
-def _remembered(kept: Path, note: Path) -> dict[str, Any] | None:
-    """What is known of an engine built before; None when there is none, or it is damaged."""
-    try:
-        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        return found if digest(kept) == found["sha256"] else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _place(kept: Path, out: Path) -> None:
-    """The engine under its name in the bundle: the same bytes on the same disk, where that can be."""
-    out.unlink(missing_ok=True)
-    try:
-        os.link(kept, out)
-    except OSError:
-        shutil.copyfile(kept, out)
 
 
 # ---------------------------------------------------------------------- the child process

@@ -9,7 +9,6 @@ compiles for named GPUs without having them, and its networks are always strongl
 
 import json
 import os
-import resource
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -20,6 +19,9 @@ from typing import Any
 NOISE = ("catchCudaError", "--- Begin node", "--- End node", "Node name:", "While parsing node")
 """Lines of the log that follow an error, or frame it, and say nothing of its cause: many calls that fail for a reason
 of their own go on to complain that there is no driver."""
+
+WIDEST_HEAD = 256
+"""Numbers in a head of the fused attentions that TensorRT-RTX has."""
 
 FATAL_WARNINGS = ("Unused Input", "is unused or used only at compile-time")
 """Warnings that mean another network than the one asked for: the parser drops an input that it does not understand,
@@ -54,8 +56,7 @@ class Worker:
         if blob is None:
             raise RuntimeError(self._first_error())
         self._demand_every_input(onnx)
-        with out.open("wb") as file:
-            file.write(memoryview(blob))
+        out.write_bytes(memoryview(blob))
         return {"seconds": perf_counter() - begin, "peak_bytes": peak_bytes()}
 
     def _parsed(self, onnx: Path) -> Any:
@@ -87,13 +88,15 @@ class Worker:
             raise RuntimeError(f"a graph whose inputs are all used was expected: {unused[0]}")
 
     def _make_decomposable(self, network: Any) -> None:
-        """No fused kernel takes attention in fp32, so that it must be allowed to fall apart."""
+        """Where no fused kernel takes an attention, it must be allowed to fall apart: in fp32, and with wide heads, as
+        in the decoder of Wan's latents."""
         trt = self._trt
         kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
         for layer in map(network.get_layer, range(network.num_layers)):
             if kind is not None and layer.type == kind:
                 layer.__class__ = trt.IAttentionInputLayer
-                if layer.attention.get_input(0).dtype == trt.DataType.FLOAT:
+                queries = layer.attention.get_input(0)
+                if queries.dtype == trt.DataType.FLOAT or queries.shape[-1] > WIDEST_HEAD:
                     layer.attention.decomposable = True
 
     def _config(self, targets: list[str]) -> Any:
@@ -111,8 +114,9 @@ class Worker:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most memory that this process has held so far. (`ru_maxrss` starts with what its parent held.)"""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
 
 
 def serve(module: str) -> None:

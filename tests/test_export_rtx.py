@@ -1,6 +1,7 @@
 """Engines of TensorRT-RTX, built for real: what comes out, what is refused, and every trap that was once met."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,16 @@ from rtx_fixture import attention, feed_forward, graph, quantised, save
 
 from cfrt.errors import ExportError
 from export import builder
-from export.builder import TARGETS, Builder, digest, refusal
-from export.plan import read
+from export.builder import TARGETS, Builder, refusal
+from export.engine_report import read
 
 pytestmark = pytest.mark.cpu
 
 
 @pytest.fixture(scope="module")
-def rtx(tmp_path_factory: pytest.TempPathFactory):
+def rtx() -> Iterator[Builder]:
     """One process for all builds of this file."""
-    with Builder(cache=tmp_path_factory.mktemp("engines")) as made:
+    with Builder() as made:
         yield made
 
 
@@ -25,37 +26,29 @@ def test_the_same_graph_gives_the_same_bytes(rtx: Builder, tmp_path: Path) -> No
     """Again in the same process, after another graph, and in another process: so an export can go on where it stopped,
     and a hash says which engine one has. A builder of TensorRT that is used twice would not do this."""
     path = save(feed_forward(), tmp_path, "ffn")
-    first = rtx.build(path, tmp_path / "first.engine", fresh=True)
-    rtx.build(save(attention(), tmp_path, "attention"), tmp_path / "other.engine", fresh=True)
-    again = rtx.build(path, tmp_path / "again.engine", fresh=True)
-    with Builder(cache=tmp_path / "empty") as other:
-        elsewhere = other.build(path, tmp_path / "elsewhere.engine")
-    assert first.sha256 == again.sha256 == elsewhere.sha256 == digest(tmp_path / "first.engine")
-    assert (tmp_path / "first.engine").read_bytes() == (tmp_path / "elsewhere.engine").read_bytes()
-    assert 0 < first.seconds < 60
-    assert first.peak_bytes > 1e7
+    seconds = rtx.build(path, tmp_path / "first")
+    rtx.build(save(attention(), tmp_path, "attention"), tmp_path / "other")
+    rtx.build(path, tmp_path / "again")
+    with Builder() as other:
+        other.build(path, tmp_path / "elsewhere")
+    first, again, elsewhere = ((tmp_path / name).read_bytes() for name in ("first", "again", "elsewhere"))
+    assert first == again == elsewhere
+    assert 0 < seconds < 60
+    assert rtx.peak_bytes > 1e7
 
 
-def test_what_was_built_before_is_not_built_again(tmp_path: Path) -> None:
-    """Unless the graph, the targets, the tool or the kept bytes are others."""
-    path, cache = save(feed_forward(), tmp_path, "ffn"), tmp_path / "cache"
-    with Builder(cache=cache) as one:
-        assert not one.build(path, tmp_path / "a").cached
-        kept = one.build(path, tmp_path / "a")
-        assert kept.cached
-        assert kept.path == tmp_path / "a"
-    (next(cache.glob("*.engine"))).write_bytes(b"damaged")
-    with Builder(cache=cache) as one:
-        again = one.build(path, tmp_path / "b")
-        assert (again.cached, again.sha256) == (False, kept.sha256)
-        assert not one.build(save(feed_forward(tokens=32), tmp_path, "ffn"), tmp_path / "c").cached
-    with Builder(cache=cache, targets=("sm86",)) as other:
-        assert not other.build(path, tmp_path / "d").cached
-    assert not list(cache.glob("*.part"))
+def test_a_key_names_all_that_an_engine_follows_from(rtx: Builder, tmp_path: Path) -> None:
+    """The graph, the targets, the tool, and how it is used."""
+    path, other = save(feed_forward(), tmp_path, "ffn"), save(feed_forward(tokens=32), tmp_path, "other")
+    keys = [rtx.key(path), rtx.key(other), Builder(targets=("sm86",)).key(path)]
+    newer = Builder()
+    newer.version = "1.8"
+    assert len({*keys, newer.key(path)}) == 4
+    assert Builder().key(path) == keys[0]
 
 
 def test_one_engine_for_several_gpus(tmp_path: Path) -> None:
-    with Builder(cache=tmp_path, targets=TARGETS) as made:
+    with Builder(targets=TARGETS) as made:
         made.build(save(feed_forward(), tmp_path, "ffn"), tmp_path / "ffn.engine")
     plan = read(tmp_path / "ffn.engine")
     assert plan is not None
@@ -63,7 +56,7 @@ def test_one_engine_for_several_gpus(tmp_path: Path) -> None:
 
 
 def test_fp8_is_for_the_gpus_that_have_it(tmp_path: Path) -> None:
-    with Builder(cache=tmp_path, targets=("sm86",)) as made:
+    with Builder(targets=("sm86",)) as made:
         path = save(quantised("float8e4m3fn"), tmp_path, "quantised")
         with pytest.raises(ExportError, match=r"Cannot compile for target\(s\) sm86.*fp8_e4m3"):
             made.build(path, tmp_path / "x")
@@ -157,22 +150,22 @@ def test_an_input_that_only_the_worker_can_see_to_be_unused_is_an_error(
 
 def test_a_build_that_aborts_is_an_error_like_any_other(tmp_path: Path) -> None:
     path = save(feed_forward(), tmp_path, "ffn")
-    with Builder(cache=tmp_path) as made:
-        made.build(path, tmp_path / "x", fresh=True)
+    with Builder() as made:
+        made.build(path, tmp_path / "x")
         assert made._child is not None
         made._child._process.send_signal(signal.SIGABRT)
         with pytest.raises(ExportError, match=r"'ffn' cannot be built: the building process ended by signal SIGABRT"):
-            made.build(path, tmp_path / "x", fresh=True)
-        made.build(path, tmp_path / "x", fresh=True)  # by a new process
+            made.build(path, tmp_path / "x")
+        made.build(path, tmp_path / "x")  # by a new process
 
 
 # ---------------------------------------------------------------------- refused before anything starts
 
 
-def test_gpus_that_rtx_does_not_build_for(tmp_path: Path) -> None:
+def test_gpus_that_rtx_does_not_build_for() -> None:
     """An H100, for one."""
     with pytest.raises(ExportError, match="expected targets among sm80, sm86, sm89, sm120, got sm90"):
-        Builder(cache=tmp_path, targets=("sm89", "sm90"))
+        Builder(targets=("sm89", "sm90"))
 
 
 def test_full_tensorrt_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """What a TensorRT-RTX engine says about itself, read from its bytes: `read`. No GPU, no TensorRT.
 
-An engine holds its plan as text, the main graphs first and then the body of each fused kernel. NVIDIA documents none of
-it, so that everything here is a check and a report, nothing that running depends on; a text that is not found, or has
-become another, is `None`, never a guess. Written for 1.7.
+An engine starts with a header and a record of each input and output; further on it holds its plan as text, the main
+graphs first and then the body of each fused kernel. NVIDIA documents none of it, so that everything here is a check and
+a report, nothing that running depends on; what is not found, or has become another, is `None`, never a guess. Written
+for 1.7.
 """
 
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,23 +15,38 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"vtrt"
+SECTION = b"header {\n"
+"""How a graph's text starts."""
 HEADER = 32
 """Bytes read of the header: magic, the size of the whole at 16, the version at 24."""
 
-TYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp8_e4m3": "float8_e4m3", "int8": "int8"}
+TYPES = {"float": "fp32", "half": "fp16", "bf16": "bf16", "fp8_e4m3": "fp8", "int8": "int8"}
 """What the plan calls the types that matter here."""
+
+CODES = {0: "fp32", 1: "fp16", 2: "int8", 3: "int32", 4: "bool", 5: "uint8", 6: "fp8", 7: "bf16", 8: "int64"}
+"""TensorRT's numbers for types, in the records of inputs and outputs."""
+
+_STRING, _INT, _LIST = rb"\x01\x80\x0c\x80\x01\x00", rb"\x07\x80\x01\x00", rb"\x01\x80\x09\x80\x01\x00"
+RECORD = re.compile(
+    _STRING + rb"(?P<length>.{8})(?P<name>[ -~]+?)\x1c\x80\x01\x00\x03\x80\x01\x00.\x0d\x80\x01\x00"
+    + _INT + rb"(?P<type>.{4}).{60,200}?Y\x80\x01\x00"
+    + _INT + rb"(?P<rank>.{4})" + _LIST + rb".{8}(?P<shape>(?:.{8}){0,8}?)..\x15\x80\x01\x00"
+    + _INT + rb".{4}\x28\x80\x01\x00" + _INT + rb"(?P<output>.{4})",
+    re.DOTALL,
+)  # fmt: skip
+"""An input or output: its name, type, extents, and whether it is an output."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output."""
+    """An input or output, its type as bundles call it."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Report:
     """What was found in an engine."""
 
     version: str
@@ -64,7 +81,7 @@ class Plan:
         }
 
 
-def read(path: Path) -> Plan | None:
+def read(path: Path) -> Report | None:
     """The plan in an engine file; None where there is none that can be read."""
     blob = path.read_bytes()
     version = _version(blob)
@@ -73,11 +90,12 @@ def read(path: Path) -> Plan | None:
     if version is None or not mains:
         return None
     main = "".join(mains)
-    return Plan(
+    ports = list(_ports(blob[: blob.find(SECTION)]))
+    return Report(
         version=version,
         targets=_targets(mains[0]),
-        inputs=_ports(main, "inputs"),
-        outputs=_ports(main, "outputs"),
+        inputs={name: port for name, port, output in ports if not output},
+        outputs={name: port for name, port, output in ports if output},
         device_memory=sum(int(size) for size in re.findall(r"name=devmem\w* size=(\d+)", main)),
         stream_capturable=all("stream_capturable=1" in text for text in mains),
         attentions=len(re.findall(r"function=\{ name=_gemm_mha", main)),
@@ -94,13 +112,13 @@ def _version(blob: bytes) -> str | None:
 
 
 def _sections(blob: bytes) -> Iterator[str]:
-    """Every text that starts with a plan's header, up to the first zero byte."""
-    at = blob.find(b"header {\n")
+    """Every graph's text, which a zero byte ends."""
+    at = blob.find(SECTION)
     while at >= 0:
         end = blob.find(b"\0", at)
         end = len(blob) if end < 0 else end
         yield blob[at:end].decode("latin-1")
-        at = blob.find(b"header {\n", end)
+        at = blob.find(SECTION, end)
 
 
 def _targets(section: str) -> tuple[str, ...]:
@@ -109,16 +127,16 @@ def _targets(section: str) -> tuple[str, ...]:
     return tuple(found[1].split()) if found else ()
 
 
-def _ports(main: str, side: str) -> dict[str, Port]:
-    found = re.search(rf"^  {side}=\{{([^}}]*)\}}", main, re.MULTILINE)
-    tensors = {name: Port(shape, dtype) for name, shape, dtype in _tensors(main)}
-    names = re.findall(r'"([^"]*)"', found[1]) if found else []
-    return {_plain(name): tensors[name] for name in names if name in tensors}
-
-
-def _plain(name: str) -> str:
-    """The graph's own name for a tensor: the plan numbers its versions."""
-    return re.sub(r"\.\d+$", "", name)
+def _ports(head: bytes) -> Iterator[tuple[str, Port, bool]]:
+    """Name, port, and whether it is an output."""
+    for found in RECORD.finditer(head):
+        name, shape = found["name"].decode(), found["shape"]
+        if int.from_bytes(found["length"], "little") != len(name):
+            continue
+        extents = struct.unpack(f"<{len(shape) // 8}q", shape)
+        if int.from_bytes(found["rank"], "little") == len(extents):
+            code = int.from_bytes(found["type"], "little")
+            yield name, Port(extents, CODES.get(code, str(code))), found["output"] != bytes(4)
 
 
 def _tensors(section: str) -> Iterator[tuple[str, tuple[int, ...], str]]:

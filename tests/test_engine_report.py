@@ -6,7 +6,7 @@ import pytest
 from rtx_fixture import attention, feed_forward, quantised, save
 
 from export.builder import Builder
-from export.plan import Plan, Port, read
+from export.engine_report import Port, Report, read
 
 pytestmark = pytest.mark.cpu
 
@@ -15,33 +15,33 @@ pytestmark = pytest.mark.cpu
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engines")
     graphs = {"ffn": feed_forward(), "attention": attention(), **{k: quantised(k) for k in ("float8e4m3fn", "int8")}}
-    with Builder(cache=folder / "cache") as builder:
+    with Builder() as builder:
         for name, model in graphs.items():
             builder.build(save(model, folder, name), folder / f"{name}.engine")
     return {name: folder / f"{name}.engine" for name in graphs}
 
 
-def plan(path: Path) -> Plan:
+def report(path: Path) -> Report:
     found = read(path)
     assert found is not None
     return found
 
 
 def test_a_feed_forward(engines: dict[str, Path]) -> None:
-    found = plan(engines["ffn"])
+    found = report(engines["ffn"])
     assert found.version.startswith("1.7.")
     assert found.targets == ("sm89",)
-    assert found.inputs == {"x": Port((64, 64), "bfloat16")}
-    assert found.outputs == {"y": Port((64, 64), "bfloat16")}
+    assert found.inputs == {"x": Port((64, 64), "bf16")}
+    assert found.outputs == {"y": Port((64, 64), "bf16")}
     assert found.fused_gelu == 1
     assert found.attentions == 0
-    assert found.gemm_types() == {"bfloat16": 2}
+    assert found.gemm_types() == {"bf16": 2}
     assert found.stream_capturable
     assert 64 * 128 * 2 <= found.device_memory < 1 << 30
 
 
 def test_an_attention(engines: dict[str, Path]) -> None:
-    found = plan(engines["attention"])
+    found = report(engines["attention"])
     assert found.attentions == 1
     assert found.inputs.keys() == {"q", "k", "v"}
     assert found.summary() | {"version": "", "device_memory": 0} == {
@@ -55,9 +55,9 @@ def test_an_attention(engines: dict[str, Path]) -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("float8e4m3fn", "float8_e4m3"), ("int8", "int8")])
+@pytest.mark.parametrize(("name", "dtype"), [("float8e4m3fn", "fp8"), ("int8", "int8")])
 def test_products_of_8_bits(engines: dict[str, Path], name: str, dtype: str) -> None:
-    (types,) = plan(engines[name]).gemms.values()
+    (types,) = report(engines[name]).gemms.values()
     assert types == (dtype, dtype)
 
 

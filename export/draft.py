@@ -127,6 +127,11 @@ def key(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
+def write_bytes(data: bytes, path: Path) -> None:
+    """What `Draft.make` is given for a file that is in memory."""
+    path.write_bytes(data)
+
+
 def source_of(modules: Iterable[str]) -> str:
     """A name for the code in these files of this package, so that what older code has made is made again."""
     folder = Path(__file__).parent

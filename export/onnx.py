@@ -27,12 +27,13 @@ from cfrt.bundle import TENSORS, Manifest, Segment, Verification
 from cfrt.config import ModelConfig
 from cfrt.errors import CfrtError
 
-from . import verify
+from . import text_encoder, verify
 from .build import PIXELS, build, numbers, outside, tensors_of
-from .draft import Draft, check_space, draft, key, source_of
+from .draft import Draft, check_space, draft, key, source_of, write_bytes
 from .options import Checkpoint
 from .segments import activations, layout
 from .sources import Source, find
+from .text_encoder import TextEncoder
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 RATE = 60e6
@@ -64,15 +65,20 @@ class Export:
     precision: str
     level: str
     out: Path
+    text: TextEncoder | None
     sizes: Mapping[str, int] = field(repr=False)
     """Segment -> about how many bytes its graph has."""
 
     def run(self, extras: Extras = lambda draft, segments: {}) -> Manifest:
         """Makes the bundle. ExportError when it cannot be written or fails its verification; then there is none."""
-        check_space(self.out, sum(self.sizes.values()) + FREE)
+        check_space(self.out, sum(self.sizes.values()) + (0 if self.text is None else self.text.bytes) + FREE)
         with draft(self.out) as made:
             self._graphs(made)
             verification = self._verified(made)
+            text: dict[str, Any] = {}
+            if self.text is not None:
+                text["text_encoder"] = self.text.make(made)
+                text["notes"] = {"text_encoder": self.text.check(made.folder)}
             fields: dict[str, Any] = {
                 "config": self.source.config,
                 "precision": self.precision,
@@ -80,6 +86,7 @@ class Export:
                 "segments": self.segments,
                 "tools": tools(),
                 "verification": verification,
+                **text,
                 **extras(made, self.segments),
             }
             manifest = Manifest(files=made.entries(), **fields)
@@ -94,7 +101,7 @@ class Export:
                 bar.update(self.sizes[segment.name])
         tensors = outside(self.source, self.precision)
         content = key(*(part for name, array in tensors.items() for part in (name, array.tobytes())))
-        made.make(TENSORS, content, partial(_write_bytes, to_safetensors(tensors)))
+        made.make(TENSORS, content, partial(write_bytes, to_safetensors(tensors)))
 
     def _write(self, segment: Segment, path: Path) -> None:
         onnx.save(build(segment, self.source, self.precision), path)
@@ -124,6 +131,8 @@ class Export:
             f"weights from {self.source.origin}; decoder {self.source.decoder}; {activations(self.precision)} graphs",
             f"{len(self.segments)} segments, about {total / 1e6:.0f} MB and {seconds:.0f} s; verified: {self.level}",
         ]
+        if self.text is not None:
+            lines.append(f"text encoder: int8, {self.text.bytes / 1e6:.0f} MB")
         return "\n".join([*lines, *(f"  {name:<14} {size / 1e6:9.2f} MB" for name, size in self._by_kind().items())])
 
     def _by_kind(self) -> dict[str, int]:
@@ -137,6 +146,7 @@ def plan(options: Checkpoint, precision: str) -> Export:
     """Finds and checks everything that the export needs; writes nothing. ConfigError, WeightsError or ExportError."""
     source = find(options)
     segments = layout(source.config, precision, source.decoder, pictures=source.encodes is not None)
+    text = None if options.text_encoder is None else text_encoder.find(options.text_encoder, source.config.text)
     small = memory.parameters(source.config) < verify.SMALL
     sizes = {segment.name: _size(segment, source, precision) for segment in segments}
     return Export(
@@ -145,6 +155,7 @@ def plan(options: Checkpoint, precision: str) -> Export:
         precision=precision,
         level=options.verify or ("full" if small else "segments"),
         out=options.out.expanduser(),
+        text=text,
         sizes=sizes,
     )
 
@@ -162,10 +173,6 @@ def _numbers(config: ModelConfig) -> int:
     """An encoder is about as large as the decoder beside it."""
     weights, _ = memory.decoder(config.autoencoder, config.latent_grid, config.autoencoder.kind)
     return weights
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def tools() -> dict[str, str]:

@@ -4,8 +4,10 @@ Tensors are given by name, fp32, read when they are asked for: a model larger th
 time.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -193,11 +195,19 @@ def _random(config: ModelConfig, decoder: str) -> Source:
 
 def _drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor by its name alone, the same every time."""
-    seed = np.frombuffer(name.encode(), dtype=np.uint8).tolist()
-    numbers = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    if "norm" in name or name.endswith("gamma") or name.endswith("std"):
+    count, pool = int(np.prod(shape)), _pool()
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % len(pool)
+    numbers = np.resize(np.concatenate([pool[start:], pool[:start]]), count).reshape(shape)
+    if "norm" in name or name.endswith(("gamma", "std")):
         return 1 + 0.1 * numbers if name.endswith(("weight", "gamma", "std")) else 0.1 * numbers
     if name.endswith("modulation"):
         return 0.5 * numbers
     fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 2500
     return numbers / np.float32(fan_in**0.5)
+
+
+@cache
+def _pool() -> np.ndarray:
+    """Normals that all tensors are made of: drawing 1.4 billion would take longer than to export them. Their number is
+    prime, so that no two rows of a matrix are the same."""
+    return np.random.default_rng(0).standard_normal(4_194_301, dtype=np.float32)

@@ -18,6 +18,7 @@ from cfrt.embeddings import Embeddings, fingerprint
 from cfrt.errors import EngineError, PromptError, WeightsError
 from cfrt.nn import umt5
 from cfrt.text import OFFICIAL_WEIGHTS, PromptWarning, UMT5Text, umt5_folders
+from cfrt.tokens import clean
 from cfrt.weights import umt5_from_official
 
 pytestmark = pytest.mark.cpu
@@ -62,7 +63,7 @@ def theirs(folder: Path, prompt: str, dtype: torch.dtype = torch.float32) -> tor
     "prompt", [*PROMPTS, "&lt;b&gt; \u201cquotes\u201d", "\u3000wide\u2003blanks\u3000", "x&#160;y"]
 )
 def test_prompts_are_cleaned_as_the_reference_cleans_them(prompt: str) -> None:
-    assert umt5.clean(prompt) == pipeline.prompt_clean(prompt)
+    assert clean(prompt) == pipeline.prompt_clean(prompt)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -6,7 +6,6 @@ that would be built.
 """
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -155,8 +154,8 @@ class _Child:
     def _last_words(self, code: int) -> str:
         self._words.seek(0)
         words = self._words.read().decode(errors="replace").strip().splitlines()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"the building process ended by {how}; its last words: {words[-1] if words else 'none'}"
+        how = builder_worker.ending(code)
+        return f"the process that builds ended by {how}; its last words: {words[-1] if words else 'none'}"
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):

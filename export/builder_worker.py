@@ -1,7 +1,9 @@
 """The process that builds engines: `python -m export.builder_worker tensorrt_rtx`, started by `export.builder`.
 
-TensorRT ends a process rather than raise in some cases, takes one logger for all of a process, and says what went wrong
-only to that logger. So it gets a process of its own, which reads a job a line and answers each with a line: JSON both.
+TensorRT ends a process rather than raise in some cases, takes one logger for all of a process, says what went wrong
+only to that logger, and what it builds depends on what the process has built before. So it gets a process of its own,
+which reads a job a line and answers each with a line, JSON both; and every job a copy of that process, forked while it
+has built nothing.
 
 The module is chosen by name, because TensorRT-RTX and full TensorRT have one API. They differ in two things: RTX
 compiles for named GPUs without having them, and its networks are always strongly typed.
@@ -9,8 +11,11 @@ compiles for named GPUs without having them, and its networks are always strongl
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -48,8 +53,7 @@ class Worker:
     def build(self, onnx: Path, out: Path, targets: list[str]) -> dict[str, Any]:
         """Writes the engine of a graph. RuntimeError with TensorRT's first real complaint."""
         begin = perf_counter()
-        self._said.clear()
-        self._builder = self._trt.Builder(self._logger)  # one that has built before gives other bytes
+        self._builder = self._trt.Builder(self._logger)
         network = self._parsed(onnx)
         self._make_decomposable(network)
         blob = self._builder.build_serialized_network(network, self._config(targets))
@@ -58,6 +62,13 @@ class Worker:
         self._demand_every_input(onnx)
         out.write_bytes(memoryview(blob))
         return {"seconds": perf_counter() - begin, "peak_bytes": peak_bytes()}
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """`build`, its errors as words."""
+        try:
+            return self.build(Path(job["onnx"]), Path(job["out"]), job["targets"])
+        except (RuntimeError, OSError) as error:
+            return {"error": str(error)}
 
     def _parsed(self, onnx: Path) -> Any:
         trt = self._trt
@@ -126,12 +137,27 @@ def serve(module: str) -> None:
     worker = Worker(module)
     print(json.dumps({"version": worker.version}), file=answers)
     for line in sys.stdin:
-        job = json.loads(line)
-        try:
-            answer = worker.build(Path(job["onnx"]), Path(job["out"]), job["targets"])
-        except (RuntimeError, OSError) as error:
-            answer = {"error": str(error)}
-        print(json.dumps(answer), file=answers)
+        print(forked(partial(worker.answer, json.loads(line))), file=answers)
+
+
+def forked(work: Callable[[], dict[str, Any]]) -> str:
+    """What `work` gives, as JSON, out of a copy of this process; an error where the copy ends before it says."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(json.dumps(work()))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return said or json.dumps({"error": f"the building process ended by {ending(os.waitstatus_to_exitcode(status))}"})
+
+
+def ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 if __name__ == "__main__":

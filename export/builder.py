@@ -173,7 +173,8 @@ class _Child:
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # what was not sent
+                pipe.close()
         self._process.kill()
         self._process.wait()
         self._words.close()

@@ -75,10 +75,11 @@ class Export:
         with draft(self.out) as made:
             self._graphs(made)
             verification = self._verified(made)
-            text: dict[str, Any] = {}
+            notes, text = {}, None
             if self.text is not None:
-                text["text_encoder"] = self.text.make(made)
-                text["notes"] = {"text_encoder": self.text.check(made.folder)}
+                text = self.text.make(made)
+                notes["text_encoder"] = self.text.check(made.folder)
+            more = dict(extras(made, self.segments))
             fields: dict[str, Any] = {
                 "config": self.source.config,
                 "precision": self.precision,
@@ -86,8 +87,9 @@ class Export:
                 "segments": self.segments,
                 "tools": tools(),
                 "verification": verification,
-                **text,
-                **extras(made, self.segments),
+                "text_encoder": text,
+                **more,
+                "notes": notes | more.get("notes", {}),
             }
             manifest = Manifest(files=made.entries(), **fields)
             made.finish(manifest)

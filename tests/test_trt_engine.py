@@ -153,27 +153,22 @@ def test_a_stream_can_start_from_a_picture(bundle: Bundle, monkeypatch: Patch) -
 
 def test_sums_on_the_gpu_are_those_of_flow(bundle: Bundle, monkeypatch: Patch) -> None:
     """Also those that are no re-noise: a teacher's step, and noise in other proportions."""
-    config, gpu = bundle.manifest.config, FakeGpu(bundle)
+    config = bundle.manifest.config
     shape = (1, config.unit, config.latent_channels, *config.latent_grid)
 
-    def values(latents: Any) -> np.ndarray:
-        held = engine._on._sums.single(latents)  # type: ignore[attr-defined]
-        gpu.drain_all()
-        return gpu.bytes(held.memory.address, held.memory.bytes, written=False).view(np.float32).reshape(shape).copy()
-
-    with prepared(gpu, monkeypatch) as engine:
+    with prepared(FakeGpu(bundle), monkeypatch) as engine:
         engine.set_text(rows_of(config))
         e, again = (normal(3, 0, step, Purpose.SAMPLE, shape) for step in (0, 1))
         x, new = engine.noise(0, 0), engine.noise(0, 1)
         x0 = engine.denoise(x, TIME_SCALE, 0)
-        clean = values(x0)
+        clean = engine.host(x0)
         for found, expected in (
             (x, e),
             (renoise(x0, new, 0.3), renoise(clean, again, 0.3)),
             (euler(x, v_from_x0(x, x0, 1.0), 1.0, 0.5), euler(e, v_from_x0(e, clean, 1.0), 1.0, 0.5)),
             (x0 - 2 * x + new / 4, clean - 2 * e + again / 4),
         ):
-            np.testing.assert_allclose(values(found), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(engine.host(found), expected, rtol=1e-5, atol=1e-5)
         del x0, found
 
 
@@ -210,6 +205,61 @@ def test_a_snapshot_goes_on_exactly_also_in_another_engine(bundle: Bundle, monke
         two.close()
         with pytest.raises(EngineError, match="expected a snapshot of the trt engine, got dict"):
             TrtEngine().restore({})
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_memory_of_the_host_loses_nothing(tmp_path: Path, monkeypatch: Patch, storage: str) -> None:
+    """Keys and values of the ring, whatever its format, as numbers and back: the same bytes, and those of PyTorch up to
+    the format. With them goes the decoder's state, so that a twin that is given both makes the same frames."""
+    config = gpu_config()
+    scales = {"v_scale": np.full((config.depth, config.width), 4 / 448, np.float32)}
+    bundle = make_bundle(tmp_path / "bundle", config, tensors=scales if storage == "int8" else {})
+    reference = TorchEngine()
+    reference.prepare(Spec(config=config, weights=random_weights(config), seed=3))
+    stream(reference, config, 3)
+    expected = reference.memory(range(3)).keys
+    with prepared(FakeGpu(bundle), monkeypatch) as engine:
+        stream(engine, config, 3)
+        memory = engine.memory(range(3))
+        assert memory.unit == 3
+        for frame in range(3):
+            error = np.abs(memory.keys[frame] - expected[frame]).mean()
+            assert error < (0.02 if storage == "bf16" else 0.04) * np.abs(expected[frame]).mean()
+        twin = engine.twin()
+        twin.set_text(rows_of(config))
+        twin.recall(memory)
+        for frame, keys in twin.memory(range(3)).keys.items():
+            np.testing.assert_array_equal(keys, memory.keys[frame])
+        np.testing.assert_array_equal(unit_of(twin, config, 3), unit_of(engine, config, 3))
+        latents = twin.host(twin.noise(7, 0))
+        np.testing.assert_array_equal(twin.host(twin.place(latents)), latents)
+        with pytest.raises(EngineError, match="another model's"):
+            twin.recall(replace(memory, keys={0: memory.keys[0][:1]}))
+        twin.close()
+
+
+def test_memory_goes_from_engine_to_engine(bundle: Bundle, monkeypatch: Patch) -> None:
+    """From the GPU to PyTorch, which goes on with nearly the same frames, and back."""
+    config = bundle.manifest.config
+    other = TorchEngine()
+    other.prepare(Spec(config=config, weights=random_weights(config), seed=3))
+    other.set_text(rows_of(config))
+    with prepared(FakeGpu(bundle), monkeypatch) as engine:
+        stream(engine, config, 4)
+        held = range(config.sinks + config.window + config.unit)
+        other.recall(engine.memory(held))
+        expected = unit_of(engine, config, 4).astype(int)
+        assert np.abs(unit_of(other, config, 4) - expected).mean() < 2, "in levels of 255"
+        engine.recall(other.memory(held))
+        found = unit_of(engine, config, 5).astype(int)
+    assert np.abs(found - unit_of(other, config, 5)).mean() < 2
+
+
+def test_another_seed_is_another_noise(bundle: Bundle, monkeypatch: Patch) -> None:
+    with prepared(FakeGpu(bundle), monkeypatch) as engine:
+        engine.reseed(9)
+        shape = (1, 1, *engine.host(engine.noise(0, 0)).shape[2:])
+        np.testing.assert_allclose(engine.host(engine.noise(2, 1)), normal(9, 2, 1, Purpose.SAMPLE, shape), rtol=1e-5)
 
 
 def test_what_was_compiled_is_kept_for_the_next_start(bundle: Bundle, cache: Path, monkeypatch: Patch) -> None:

@@ -8,10 +8,8 @@ sheet; `--benchmark-json` keeps it.
 
 import os
 import platform
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import cfrt
+from benchmarks.machine import resident
 from cfrt.stats import Timing
 
 MODEL = os.environ.get("CFRT_BENCH_MODEL", "tiny")
@@ -125,7 +124,7 @@ def test_unit_time_is_flat(benchmark: BenchmarkFixture) -> None:
     Memory as well, from the thousandth unit on."""
     times: list[float] = []
     memory: list[float] = []
-    with cfrt.Stream(PROMPT, model=MODEL, threads=1, fps="max") as stream:
+    with cfrt.Stream(PROMPT, model=MODEL, threads=1, fps="max", journal_bytes=2**20) as stream:
         frames, every = stream.frames(), stream.config.unit_frames(1)
         for _ in range(stream.config.first_frame(2)):
             next(frames)
@@ -155,12 +154,6 @@ def slope(values: np.ndarray) -> tuple[float, float]:
     left = values - values.mean() - rise * x
     deviation = float(np.sqrt(left @ left / (len(values) - 2) / (x @ x)))
     return rise / float(np.median(values)), 2 * deviation / float(np.median(values))
-
-
-def resident() -> float:
-    """MB of this process in memory (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def timings(stats: cfrt.Stats) -> dict[str, float]:

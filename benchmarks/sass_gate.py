@@ -42,6 +42,8 @@ class Kernel:
 def kernel_of(mangled: str) -> Kernel:
     name = next(n for n in _NAMES if n in mangled)
     found = re.search(r"ILi(\d+)E(?:Lb([01])E)?", mangled)
+    if name in ("quantise_rows", "value_scales"):
+        return Kernel(name, threads=256)
     if not found or name in ("pixels_kernel", "renoise_kernel"):
         element, whole = re.search(r"kernelI(f|6__half|13__nv_bfloat16)(?:Lb([01]))?", mangled).groups()  # type: ignore[union-attr]
         element = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[element]
@@ -56,8 +58,8 @@ def kernel_of(mangled: str) -> Kernel:
     return Kernel(name, dim)
 
 
-_NAMES = ("attention_bf16", "attention_int8_fp8", "attention_merge", "append_rows", "quantise_granule", "pixels_kernel",
-          "renoise_kernel")  # fmt: skip
+_NAMES = ("attention_bf16", "attention_int8_fp8", "attention_merge", "append_rows", "quantise_granule", "quantise_rows",
+          "value_scales", "pixels_kernel", "renoise_kernel")  # fmt: skip
 
 # (kernel, accumulate) -> most slots per product and least TFLOP/s (low) for heads of 128 on an RTX 4090, with whose the
 # same model finds them: FlashAttention-2, SageAttention2, SageAttention2++.

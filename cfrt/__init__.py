@@ -13,31 +13,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clip import Clip as Clip
     from .config import PRESETS as PRESETS
     from .config import ModelConfig as ModelConfig
     from .errors import CfrtError as CfrtError
     from .errors import ConfigError as ConfigError
     from .errors import EngineError as EngineError
     from .errors import PromptError as PromptError
+    from .errors import SnapshotError as SnapshotError
     from .errors import VideoError as VideoError
     from .errors import WeightsError as WeightsError
     from .frame import Frame as Frame
+    from .pipeline import CausalForcingPipeline as CausalForcingPipeline
+    from .snapshot import Snapshot as Snapshot
     from .stats import Stats as Stats
     from .stream import Change as Change
     from .stream import Stream as Stream
     from .text import PromptWarning as PromptWarning
+    from .trace import Trace as Trace
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Stream": "stream",
     "Change": "stream",
+    "Snapshot": "snapshot",
+    "Clip": "clip",
+    "CausalForcingPipeline": "pipeline",
     "Frame": "frame",
+    "Trace": "trace",
     "Stats": "stats",
     "ModelConfig": "config",
     "PRESETS": "config",
     "PromptWarning": "text",
-    **dict.fromkeys(("CfrtError", "ConfigError", "EngineError", "PromptError", "VideoError", "WeightsError"), "errors"),
+    **dict.fromkeys(
+        ("CfrtError", "ConfigError", "EngineError", "PromptError", "SnapshotError", "VideoError", "WeightsError"),
+        "errors",
+    ),
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

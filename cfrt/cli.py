@@ -1,4 +1,5 @@
-"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
+"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`, serve in
+`cfrt.serve.command`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -24,6 +25,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, Us
 from . import __version__
 from .errors import CfrtError, VideoError
 from .model_commands import Convert, Plan, Pull
+from .serve.command import Serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .frame import Frame
     from .stats import Stats
     from .stream import Stream
+    from .trace import Trace
 
 LONGEST_FILM = 3600.0
 """Seconds. A film that long is a typing error more often than a wish; `cfrt.Stream` has no limit."""
@@ -88,18 +91,25 @@ class Generate:
     """Frames per second that the file plays at. Default: the model's own."""
     scale: int | None = None
     """Enlarge by this whole factor. Default: films get a shorter side of at least 256 pixels."""
+    trace: str | None = None
+    """Write how long every stage took into this .json file, for https://ui.perfetto.dev."""
     json: bool = False
     """Print the measurements as JSON."""
     quiet: Annotated[bool, arg(aliases=("-q",))] = False
     """Print nothing but errors and warnings."""
 
     def run(self) -> None:
+        from .trace import Trace
+
         changes = self._check()
-        with _warnings_in_one_line(), self._stream() as stream:
+        trace = None if self.trace is None else Trace()
+        with _warnings_in_one_line(), self._stream(trace) as stream:
             started = perf_counter()
             frames = self._write(stream, changes)
             wall = perf_counter() - started
             self._report(stream, frames, wall)
+        if trace is not None and self.trace is not None:
+            trace.save(self.trace)
 
     @property
     def _outputs(self) -> tuple[str, ...]:
@@ -120,6 +130,8 @@ class Generate:
             raise UsageError("-o - would fill the terminal with raw video; send it on: cfrt ... | ffplay -")
         if len({os.path.realpath(path) for path in self._outputs}) < len(self._outputs):
             raise UsageError(f"the same file is given twice: {', '.join(self._outputs)}")
+        if self.trace is not None and not self.trace.endswith(".json"):
+            raise UsageError(f"expected --trace FILE.json, got {self.trace!r}")
         changes = sorted((_change(text, self.seconds) for text in self.then), key=lambda change: change[0])
         try:
             for text in (self.prompt, *(text for _, text in changes)):
@@ -130,7 +142,7 @@ class Generate:
             raise UsageError(str(error)) from error
         return changes
 
-    def _stream(self) -> "Stream":
+    def _stream(self, trace: "Trace | None") -> "Stream":
         from . import students
         from .stream import Stream
         from .weights import read_config
@@ -154,6 +166,8 @@ class Generate:
             decoder=self.decoder,
             reference_compat=self.reference_compat,
             tile=self.tile,
+            trace=trace,
+            journal_bytes=0,  # a film is not gone back in
         )
 
     def _picture(self, config: "ModelConfig") -> "np.ndarray | None":
@@ -259,6 +273,7 @@ class Models:
 
 Command = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Pull, subcommand("pull")]

@@ -72,6 +72,8 @@ class Stats:
     """Frames that a slow consumer missed; only a stream with keep="latest" drops any."""
     ring: tuple[int, int]
     """Latent frames that the next unit can look back at, and the most it ever will."""
+    journal_bytes: int
+    """What is kept for `Stream.rewind`."""
 
     @property
     def real_time(self) -> bool:
@@ -91,9 +93,8 @@ class Meters:
     change_to_pixel: Recent = field(default_factory=Recent)
     units: int = 0
     frames: int = 0
-    dropped: int = 0
 
-    def read(self, *, ring: tuple[int, int], unit_duration: float) -> Stats:
+    def read(self, *, ring: tuple[int, int], unit_duration: float, dropped: int, journal_bytes: int) -> Stats:
         return Stats(
             time_to_first_frame=self.time_to_first_frame,
             latency=self.latency.timing(),
@@ -104,6 +105,7 @@ class Meters:
             change_to_pixel=self.change_to_pixel.timing(),
             units=self.units,
             frames=self.frames,
-            dropped=self.dropped,
+            dropped=dropped,
             ring=ring,
+            journal_bytes=journal_bytes,
         )

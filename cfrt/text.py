@@ -56,15 +56,20 @@ class Encoded:
     pieces: str = "concepts"
     """What a row is."""
 
-    def warn(self, stacklevel: int = 2) -> None:
-        """One PromptWarning that names everything the model will not read; nothing when it reads all."""
-        parts = []
+    @property
+    def notes(self) -> list[str]:
+        """Everything that the model will not read, in words; nothing when it reads all."""
+        notes = []
         if self.unknown:
-            parts.append(f"the model does not know {_listed(self.unknown)}{self.hint}")
+            notes.append(f"the model does not know {_listed(self.unknown)}{self.hint}")
         if self.dropped:
-            parts.append(f"it reads at most {len(self.rows)} {self.pieces}, so {_listed(self.dropped)} found no room")
-        if parts:
-            warnings.warn("; ".join(parts), PromptWarning, stacklevel=stacklevel + 1)
+            notes.append(f"it reads at most {len(self.rows)} {self.pieces}, so {_listed(self.dropped)} found no room")
+        return notes
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """One PromptWarning that names all `notes`."""
+        if self.notes:
+            warnings.warn("; ".join(self.notes), PromptWarning, stacklevel=stacklevel + 1)
 
 
 class Text(Protocol):

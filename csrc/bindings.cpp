@@ -116,6 +116,8 @@ PYBIND11_MODULE(_cfrt, m) {
     bind_plan(m);
     bind_noise(m);
     cfrt::bind_kernels(m);
-    cfrt::bind_cuda(m);
+    py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, on device pointers and a stream.");
+    cfrt::bind_cuda_ring(cuda);
+    cfrt::bind_cuda(cuda);
     cfrt::bind_engine(m);
 }

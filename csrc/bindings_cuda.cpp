@@ -226,7 +226,14 @@ void value_scales(Pointer scale, Pointer v, std::int64_t rows, std::int64_t widt
     demand(cfrt_value_scales(at<float>(scale), at(v), rows, width, stride, limit, at(stream)), "to scale values");
 }
 
-void bind_calls(py::module_& m) {
+#endif
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+    m.def("least_driver", &least_driver, "The oldest NVIDIA driver branch that runs them; 0 where there are none.");
+    m.attr("fp16_limit") = CFRT_FP16_LIMIT;
+#ifdef CFRT_HAS_CUDA
     m.def("refusal", &refusal, "device"_a, "storage"_a = "bf16", "Why the kernels cannot run on that device, or None.");
     m.def("processors", &processors, "device"_a, "Multiprocessors of a device.");
     m.def("plan", &plan, py::kw_only(), "queries"_a, "heads"_a, "dim"_a, "pieces"_a, "processors"_a,
@@ -252,27 +259,12 @@ void bind_calls(py::module_& m) {
           "stream"_a, "See csrc/cuda/quantise.h.");
     m.def("value_scales", &value_scales, py::kw_only(), "scale"_a, "v"_a, "rows"_a, "width"_a, "stride"_a, "limit"_a,
           "stream"_a, "See csrc/cuda/quantise.h.");
-}
-
 #else
-
-void bind_calls(py::module_& m) {
     m.def("refusal", [](std::int32_t, const std::string&) { return kMissing; }, "device"_a, "storage"_a = "bf16");
     for (const char* name :
          {"processors", "plan", "attention", "append", "combine", "renoise", "pixels", "quantise_rows", "value_scales"})
         m.def(name, [](const py::args&, const py::kwargs&) { throw std::runtime_error(kMissing); });
-}
-
 #endif
-
-}  // namespace
-
-void bind_cuda(py::module_& parent) {
-    py::module_ m = parent.def_submodule("cuda", "The CUDA kernels, on device pointers and a stream.");
-    m.def("least_driver", &least_driver, "The oldest NVIDIA driver branch that runs them; 0 where there are none.");
-    m.attr("fp16_limit") = CFRT_FP16_LIMIT;
-    bind_cuda_ring(m);
-    bind_calls(m);
 }
 
 }  // namespace cfrt

@@ -43,8 +43,7 @@ py::bytes record(const cfrt_pass& pass) {
 }  // namespace
 
 void bind_cuda_ring(py::module_& m) {
-    // module_local: the tests build a second module of these files, against a CUDA runtime of their own.
-    py::class_<cfrt_pass>(m, "Pass", py::module_local(), "What a pass over one unit reads and writes; cuda/pass.h.")
+    py::class_<cfrt_pass>(m, "Pass", "What a pass over one unit reads and writes; cuda/pass.h.")
         .def_property_readonly("pieces", &pieces, "(first granule, rows) of each frame that the unit sees, sinks first")
         .def_readonly("sink_pieces", &cfrt_pass::sink_pieces, "how many of them are sinks")
         .def_property_readonly("place", &place, "the granule at which each of the unit's own frames starts")
@@ -53,8 +52,7 @@ void bind_cuda_ring(py::module_& m) {
         .def_readonly("seed", &cfrt_pass::seed)
         .def_property_readonly("record", &record, "a cfrt_pass, to be copied to the device: `record_bytes` bytes");
     m.attr("record_bytes") = sizeof(cfrt_pass);
-    py::class_<CudaRing>(m, "Ring", py::module_local(),
-                         "Where keys and values lie in a ring of granules, and who sees them; cuda/ring.h.")
+    py::class_<CudaRing>(m, "Ring", "Where keys and values lie in a ring of granules, and who sees them; cuda/ring.h.")
         .def(py::init(&make_ring), "geometry"_a, py::kw_only(), "frame_tokens"_a, "layers"_a, "heads"_a, "dim"_a,
              "int8"_a = false)
         .def_property_readonly("bytes", &CudaRing::bytes, "of the allocation, to be zeroed once")

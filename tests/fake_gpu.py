@@ -67,7 +67,13 @@ class FakeGpu:
         from cuda.bindings import runtime
 
         self.real = runtime
-        self.bundle, self.policy, self.driver, self.devices, self.capability = bundle, policy, driver, devices, capability
+        self.bundle, self.policy, self.driver, self.devices, self.capability = (
+            bundle,
+            policy,
+            driver,
+            devices,
+            capability,
+        )
         self.room = room
         self.memory = Memory()
         self.blocks: dict[int, Any] = {}

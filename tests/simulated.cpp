@@ -1,4 +1,4 @@
-// `_cfrt.cuda` again, in a module whose CUDA runtime is ptxsim's (tests/simulated_cuda.py).
+// The calls of `_cfrt.cuda` in a module whose CUDA runtime is ptxsim's (tests/simulated_cuda.py).
 
 #include <pybind11/pybind11.h>
 

@@ -393,3 +393,15 @@ def test_models(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     out = capsys.readouterr().out
     assert "small: 32 x 32 at 16 fps, 2 steps (4 for the first unit)" in out
     assert "broken: broken (" in out
+
+
+# ---------------------------------------------------------------------- trace
+
+
+def test_a_trace_is_written(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("-o", "out.gif", "--trace", "out.json", student=student) == 0
+    events = json.loads(Path("out.json").read_text())["traceEvents"]
+    assert {"unit", "denoise 0", "decode"} <= {event["name"] for event in events}
+    assert generate("-o", "out.gif", "--trace", "nowhere/out.json", student=student) == 1
+    assert "cannot write the trace to nowhere/out.json" in capsys.readouterr().err
+    assert generate("-o", "out.gif", "--trace", "out.txt", student=student) == 2

@@ -29,7 +29,7 @@ from cfrt.config import PRESETS, ModelConfig
 from cfrt.errors import EngineError
 from cfrt.nn.ring import RingCache
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
 
 TINY = PRESETS["tiny"]
 

@@ -48,7 +48,9 @@ def make_bundle(folder: Path, config: ModelConfig, weights: dict[str, np.ndarray
         (folder / "engines").mkdir(exist_ok=True)
         (folder / file).write_bytes(b"vtrt" + segment.name.encode())
         plans.append(Plan(segment=segment.name, target="sm89", builder=BUILDER, file=file))
-    norms = {f"norm_{n}": np.stack([dit[f"blocks.{i}.self_attn.norm_{n}.weight"] for i in range(config.depth)]) for n in "qk"}
+    norms = {
+        f"norm_{n}": np.stack([dit[f"blocks.{i}.self_attn.norm_{n}.weight"] for i in range(config.depth)]) for n in "qk"
+    }
     save_file({**norms, "text.table": weights["text.table"]}, folder / TENSORS)
     names = [*(s.onnx for s in segments), *(p.file for p in plans), TENSORS]
     manifest = Manifest(
@@ -68,7 +70,14 @@ def make_bundle(folder: Path, config: ModelConfig, weights: dict[str, np.ndarray
 def spec_of(bundle: Bundle, **changes) -> Spec:
     from safetensors.numpy import load_file
 
-    return Spec(config=bundle.manifest.config, weights=load_file(bundle.folder / TENSORS), device="cuda", seed=3, bundle=bundle, **changes)
+    return Spec(
+        config=bundle.manifest.config,
+        weights=load_file(bundle.folder / TENSORS),
+        device="cuda",
+        seed=3,
+        bundle=bundle,
+        **changes,
+    )
 
 
 def stream(engine: Engine, config: ModelConfig, rows: np.ndarray, units: int) -> list[np.ndarray]:
@@ -89,6 +98,7 @@ def stream(engine: Engine, config: ModelConfig, rows: np.ndarray, units: int) ->
 @pytest.mark.parametrize("policy", ["lazy", "eager"])
 def test_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
     import time
+
     config = model()
     weights = random_weights(config)
     t = time.time()

@@ -31,6 +31,7 @@ namespace {
 constexpr int kTile = CFRT_SIMD >= 2 ? 8 : 4;
 constexpr int kBlock = 192;
 constexpr int kGroup = 64;
+constexpr int kAhead = 4 * kTile;  // keys
 
 // The running maximum stands still until it is passed by a factor of 2^kSlack: that costs no precision, since weights
 // are floating-point numbers too, and saves the rescaling of what has been summed up.
@@ -198,6 +199,17 @@ struct Attend {
         }
     }
 
+    // Asks for the values of the kTile keys from `key` on, and for keys some tiles ahead: the first queries of a group
+    // would wait for each line of them.
+    CFRT_INLINE void fetch(std::int64_t key) const {
+        const std::int64_t words = kTile * key_words;
+        const float *keys = k + (key + kAhead) * key_words, *vals = v + key * key_words;
+        for (std::int64_t i = 0; i < words; i += 16) {
+            __builtin_prefetch(keys + i);
+            __builtin_prefetch(vals + i);
+        }
+    }
+
     // Keys [start, stop) of whole words, at most kBlock.
     void block(std::int64_t start, std::int64_t stop, bool far) const {
         for (int g = 0; g < groups; ++g) {
@@ -205,7 +217,10 @@ struct Attend {
             const float* packed = far ? q.far : q.near;
             const int count = static_cast<int>(stop - start);
             int at = 0;
-            for (; at + kTile <= count; at += kTile) scores<kTile>(q, packed, start + at, at);
+            for (; at + kTile <= count; at += kTile) {
+                if (g == 0) fetch(start + at);
+                scores<kTile>(q, packed, start + at, at);
+            }
             if constexpr (kTile > 4)
                 for (; at + 4 <= count; at += 4) scores<4>(q, packed, start + at, at);
             for (; at + 2 <= count; at += 2) scores<2>(q, packed, start + at, at);

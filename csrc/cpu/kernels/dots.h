@@ -4,12 +4,12 @@
 
 #include "../simd.h"
 #include "int8_rows.h"
+#include "lanes.h"
 
 namespace cfrt::CFRT_LEVEL {
 namespace {
 
 typedef std::int32_t Sums __attribute__((vector_size(sizeof(Vec))));
-typedef std::uint32_t Words __attribute__((vector_size(sizeof(Vec))));
 
 template <class T>
 CFRT_INLINE Int splat_word(const T* p) {
@@ -48,10 +48,7 @@ struct Bf16 {
 #else
     // First the odd numbers of the pairs, then the even ones: each is a float once its neighbour is out of the way.
     static constexpr int kSteps = 2;
-    CFRT_INLINE static Vec half(int step, Int pairs) {
-        if (step == 1) return (Vec)(Words)((Words)pairs & 0xffff0000u);
-        return (Vec)(Words)((Words)pairs << 16);
-    }
+    CFRT_INLINE static Vec half(int step, Int pairs) { return step == 1 ? upper((Vec)pairs) : lower((Vec)pairs); }
     CFRT_INLINE static Vec load(int step, const W* p) {
         return half(step, iload(reinterpret_cast<const std::int32_t*>(p)));
     }

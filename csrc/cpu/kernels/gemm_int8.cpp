@@ -28,9 +28,9 @@ struct Exact : Whole {
         CFRT_INLINE Column(const Gemm& g, std::int64_t column)
             : row_scale(g.a_scale), scale(CFRT_LEVEL::load(g.w->scale + column)), offset(iload(g.w->offset + column)) {}
 
-        CFRT_INLINE Vec value(const Sum* sum, std::int64_t row) const {
+        CFRT_INLINE Vec plus(Vec bias, const Sum* sum, std::int64_t row) const {
             const Int whole = kInt8Offset ? isub(iload(sum), offset) : iload(sum);
-            return to_float(whole) * (CFRT_LEVEL::splat(row_scale[row]) * scale);
+            return fma(to_float(whole), CFRT_LEVEL::splat(row_scale[row]) * scale, bias);
         }
     };
 };

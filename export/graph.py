@@ -88,8 +88,8 @@ class Graph:
     def constant(self, name: str, array: np.ndarray) -> Value:
         """An array in the graph's format; whole numbers as they are."""
         if name not in self._initializers:
-            floating = np.issubdtype(array.dtype, np.floating)
-            stored = _stored(name, array, self.dtype) if floating else array
+            plain = array.dtype != NUMPY[self.dtype] and np.issubdtype(array.dtype, np.floating)
+            stored = _stored(name, array, self.dtype) if plain else array
             self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(stored), name)
         return name
 
@@ -101,13 +101,16 @@ class Graph:
     def linear(self, x: Value, *layers: str) -> Value:
         """x W^T + b; of several layers side by side."""
         name = layers[0] if len(layers) == 1 else "+".join(layers)
-        weight = np.concatenate([self._weights[f"{layer}.weight"].reshape(-1, self._inner(layer)) for layer in layers])
+        weight = np.concatenate([self._transposed(layer) for layer in layers], axis=1)
         bias = np.concatenate([self._weights[f"{layer}.bias"] for layer in layers])
-        product = self.op("MatMul", x, self.constant(f"{name}.weight", weight.T), name=name)
+        product = self.op("MatMul", x, self.constant(f"{name}.weight", weight), name=name)
         return self.op("Add", product, self.constant(f"{name}.bias", bias))
 
-    def _inner(self, layer: str) -> int:
-        return int(np.prod(self._weights[f"{layer}.weight"].shape[1:]))
+    def _transposed(self, layer: str) -> np.ndarray:
+        """[in, out], in the graph's format: narrowed before it is put beside others, which is most of the work."""
+        name = f"{layer}.weight"
+        weight = self._weights[name]
+        return _stored(name, weight.reshape(len(weight), -1), self.dtype).T
 
     def layer_norm(self, x: Value, norm: Norm) -> Value:
         assert norm.shift is not None

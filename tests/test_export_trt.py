@@ -115,6 +115,13 @@ def test_an_export_that_was_cut_off_builds_only_what_is_missing(made: Draft, mon
     assert built == []
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_a_bundle_does_not_say_8_bits_of_graphs_that_have_none(made: Draft, precision: str) -> None:
+    with pytest.raises(ExportError, match=f"--precision {precision} was asked for, and the graphs hold no product"):
+        replace(SM89, precision=precision).run(made, transformer())
+    assert not (made.folder / "engines").exists()
+
+
 def test_a_machine_that_builds_two_different_engines_is_not_trusted(
     made: Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:

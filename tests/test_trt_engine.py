@@ -266,7 +266,7 @@ def test_what_was_compiled_is_kept_for_the_next_start(bundle: Bundle, cache: Pat
     gpu = FakeGpu(bundle)
     for warm in (False, True):
         with monkeypatch.context() as patch, prepared(gpu, patch) as engine:
-            assert engine._on._runtime.warm == warm  # type: ignore[attr-defined]
+            assert engine.warm == warm
             stream(engine, bundle.manifest.config, 1)
     (kept,) = (cache / "engines").glob("*.cache")
     assert "mid_0" in kept.read_text()

@@ -28,6 +28,8 @@ class TrtEngine(SegmentedEngine):
     """One stream. Latents are sums on the GPU (`gpu_latents.GpuLatents`)."""
 
     name: ClassVar[str] = "trt"
+    warm: bool
+    """Was all that TensorRT compiles at a first run on this machine there already?"""
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -51,6 +53,7 @@ class TrtEngine(SegmentedEngine):
             for segment in bundle.manifest.segments:
                 device.load(segment, bundle.file(plans[segment.name].file))
             device.allocate()
+            self.warm = runtime.warm
         except BaseException:
             device.close()
             raise

@@ -27,7 +27,7 @@ from ..config import ModelConfig
 from ..errors import BundleError, EngineError
 from ..noise import Purpose
 from . import Latents
-from .gpu import Event, Gpu, Graph, Memory, Stream
+from .gpu import Block, Event, Gpu, Graph, Stream
 from .gpu_latents import Buffer, GpuLatents, Noise, Pool, Sums
 from .granules import Bf16, Int8, decoded, encoded
 from .rtx import Context, Runtime
@@ -46,7 +46,7 @@ class Ports:
     bytes: int
     shape: tuple[int, ...]
     dtype: str
-    halves: list[Memory]
+    halves: list[Block]
     current: int = 0
 
     @property
@@ -73,7 +73,7 @@ class Upload:
     """Pinned memory that goes to one place on the GPU again and again; some turns, so that the host runs ahead."""
 
     def __init__(self, gpu: Gpu, size: int, turns: int = 4) -> None:
-        self._slots: list[tuple[Memory, Event]] = [(gpu.pinned(size), gpu.event()) for _ in range(turns)]
+        self._slots: list[tuple[Block, Event]] = [(gpu.pinned(size), gpu.event()) for _ in range(turns)]
         self._turn = 0
 
     def send(self, stream: Stream, to: int, data: np.ndarray) -> None:
@@ -115,7 +115,7 @@ class TrtDevice:
         self._buffers: dict[str, Ports] = {}
         self._uploads: dict[str, Upload] = {}
         self._graphs: dict[str, Graph | None] = {}
-        self._owned: list[Memory] = []
+        self._owned: list[Block] = []
         self._pool, self._kept = Pool(gpu), Pool(gpu)  # of the main stream, and of the decoder's
         count = config.unit * config.latent_channels * prod(config.latent_grid)
         self._sums = Sums(kernels, self._pool, self._main, count, self._named_noise)
@@ -155,7 +155,7 @@ class TrtDevice:
         self._pixels, self._host_pixels = self._memory(pixels), self._gpu.pinned(pixels)
         self._owned.append(self._host_pixels)
 
-    def _memory(self, size: int) -> Memory:
+    def _memory(self, size: int) -> Block:
         memory = self._gpu.memory(size)
         self._owned.append(memory)
         return memory
@@ -199,7 +199,7 @@ class TrtDevice:
         self._q_scale, self._q_sink_scale = (self._memory(4 * scales) for _ in range(2))
         self._unrounded = self._memory(2 * numbers if self._int8 else 0)
 
-    def _placed(self, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Memory:
+    def _placed(self, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Block:
         """A tensor [layers, d] on the GPU."""
         shape = (self._config.depth, self._config.width)
         tensor = self._tensors.get(name)

@@ -78,6 +78,11 @@ class GpuLatents:
     def __truediv__(self, divisor: float) -> "GpuLatents":
         return self * (1.0 / divisor)
 
+    @property
+    def nbytes(self) -> int:
+        """On the GPU."""
+        return sum(term.memory.bytes for term in self.terms if isinstance(term, Buffer))
+
     def __repr__(self) -> str:
         return f"GpuLatents({len(self.terms)} terms)"
 

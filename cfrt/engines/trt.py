@@ -20,6 +20,8 @@ from .segmented import SegmentedEngine
 from .trt_device import TrtDevice
 
 EXPORT = "python -m export.trt"
+NO_ENGINES = ("sm90", "sm100")
+"""Data centre GPUs, which TensorRT-RTX leaves out."""
 
 
 class TrtEngine(SegmentedEngine):
@@ -84,6 +86,8 @@ def _no_gpu(spec: Spec, bundle: Bundle) -> str | None:
     here = gpu.capability(index)
     targets = sorted({plan.target for plan in plans})
     fitting = [plan for plan in plans if plan.target == here]
+    if not fitting and here in NO_ENGINES:
+        return f"this GPU is {here}, for which TensorRT-RTX builds none: engine 'torch' runs the model's weights on it"
     if not fitting:
         return f"the bundle's engines are for {', '.join(targets)} and this GPU is {here}: {EXPORT} --target {here}"
     absent = [s.name for s in bundle.manifest.segments if s.name not in {plan.segment for plan in fitting}]

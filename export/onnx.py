@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from cfrt import __version__, memory
 from cfrt.bundle import TENSORS, Manifest, Segment, Verification
-from cfrt.config import ModelConfig
 from cfrt.errors import CfrtError
 
 from . import text_encoder, verify
@@ -163,18 +162,8 @@ def plan(options: Checkpoint, precision: str) -> Export:
 
 
 def _size(segment: Segment, source: Source, precision: str) -> int:
-    config = source.config
-    if segment.name == "encoder":
-        return 4 * _numbers(config)
-    weights, _ = memory.decoder(config.autoencoder, config.latent_grid, source.decoder)
-    count = weights if segment.name in PIXELS else numbers(segment, config)
-    return BYTES[activations(precision)] * count
-
-
-def _numbers(config: ModelConfig) -> int:
-    """An encoder is about as large as the decoder beside it."""
-    weights, _ = memory.decoder(config.autoencoder, config.latent_grid, config.autoencoder.kind)
-    return weights
+    dtype = "fp32" if segment.name == "encoder" else activations(precision)
+    return BYTES[dtype] * numbers(segment, source)
 
 
 def tools() -> dict[str, str]:

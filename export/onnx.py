@@ -202,7 +202,7 @@ def finished(manifest: Manifest, out: Path) -> str:
     return (
         f"{out}: {len(manifest.files)} files, {size / 1e6:.1f} MB\n"
         f"verified {check.level}, {check.units} units, {check.seconds:.1f} s; relative errors: {errors}\n"
-        f"cfrt generate ... --model {out} --engine onnx"
+        f"cfrt generate ... --model {out}{'' if manifest.plans else ' --engine onnx'}"
     )
 
 

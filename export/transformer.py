@@ -15,7 +15,7 @@ from cfrt.bundle import Segment
 from cfrt.config import ModelConfig
 
 from .graph import Graph, Value
-from .segments import activations
+from .segments import activations, between
 
 SHIFT, SCALE, GATE = range(3)
 """Rows of a modulation: three for self-attention, three for the feed-forward."""
@@ -111,14 +111,15 @@ def _projections(graph: Graph, config: ModelConfig, layer: int, x: Value, modula
     block = f"blocks.{layer}"
     table = graph.op("Add", modulation, graph.weight(f"{block}.modulation", -1, config.width))
     a = _modulated(graph, x, table, 0)
-    return graph.linear(a, *(f"{block}.self_attn.{name}" for name in "qkv"))
+    qkv = graph.linear(a, *(f"{block}.self_attn.{name}" for name in "qkv"))
+    return _converted(graph, qkv, between(graph.dtype))
 
 
 def _layer(graph: Graph, config: ModelConfig, layer: int) -> Value:
     """The rest of a layer, from what its self-attention has found on."""
     block = f"blocks.{layer}"
     table = graph.op("Add", "modulation", graph.weight(f"{block}.modulation", -1, config.width))
-    a = graph.linear("attended", f"{block}.self_attn.o")
+    a = graph.linear(_converted(graph, "attended", graph.dtype), f"{block}.self_attn.o")
     x = graph.op("Add", "x", graph.op("Mul", a, _row(graph, table, GATE)))
     a = graph.layer_norm(x, graph.weight(f"{block}.norm3.weight"), graph.weight(f"{block}.norm3.bias"))
     x = graph.op("Add", x, _cross_attention(graph, config, f"{block}.cross_attn", a))
@@ -140,6 +141,11 @@ def _modulated(graph: Graph, x: Value, table: Value, first: int) -> Value:
     """LN(x) (1 + scale) + shift, by the rows of a modulation from `first` on."""
     scale = graph.op("Add", _row(graph, table, first + SCALE), graph.constant("one", np.ones(1, np.float32)))
     return graph.layer_norm(x, scale, _row(graph, table, first + SHIFT))
+
+
+def _converted(graph: Graph, x: Value, dtype: str) -> Value:
+    """What goes to the host's kernels or comes from them, where they have another format."""
+    return x if between(graph.dtype) == graph.dtype else graph.cast(x, dtype)
 
 
 def _row(graph: Graph, table: Value, row: int) -> Value:

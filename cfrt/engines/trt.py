@@ -71,8 +71,11 @@ def _unfit(spec: Spec, bundle: Bundle) -> str | None:
         return f"the bundle has no encoder, so no stream can start from a picture: {EXPORT} with a frame-wise model"
     if spec.precision not in ("auto", manifest.precision):
         return f"the bundle was exported in {manifest.precision}, not in {spec.precision!r}: export it once more"
-    if any(port.dtype == "fp16" for segment in manifest.segments for port in segment.inputs):
-        return "the kernels between the engines take bf16, and this bundle hands fp16 to them: export it in bf16 or fp8"
+    formats = {port.dtype for segment in manifest.segments for port in segment.outputs if port.name == "qkv"}
+    if formats != {"bf16"}:
+        return (
+            f"the kernels between the engines take bf16, and these give {', '.join(formats)}: export the bundle again"
+        )
     if device_index(spec.device) is None:
         return f"it runs on cuda, not on {spec.device!r}"
     if config.head_dim not in (64, 128):

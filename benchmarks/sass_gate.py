@@ -50,7 +50,7 @@ class Kernel:
 def kernel_of(mangled: str) -> Kernel:
     name = next(n for n in _NAMES if n in mangled)
     found = re.search(r"ILi(\d+)E(?:Lb([01])E)?", mangled)
-    if name in ("quantise_rows", "value_scales"):
+    if name in ("quantise_rows", "value_scales", "combine_kernel"):
         return Kernel(name, threads=256)
     if not found or name in ("pixels_kernel", "renoise_kernel"):
         element, whole = re.search(r"kernelI(f|6__half|13__nv_bfloat16)(?:Lb([01]))?", mangled).groups()  # type: ignore[union-attr]
@@ -67,7 +67,7 @@ def kernel_of(mangled: str) -> Kernel:
 
 
 _NAMES = ("attention_bf16", "attention_int8_fp8", "attention_merge", "append_rows", "quantise_granule", "quantise_rows",
-          "value_scales", "pixels_kernel", "renoise_kernel")  # fmt: skip
+          "value_scales", "combine_kernel", "pixels_kernel", "renoise_kernel")  # fmt: skip
 
 # (kernel, accumulate) -> most slots per product and least TFLOP/s (low) for heads of 128 on an RTX 4090, with whose the
 # same model finds them: FlashAttention-2, SageAttention2, SageAttention2++.

@@ -17,8 +17,9 @@ from .fields import counts, decode, positives, require, sequence
 
 AUTOENCODERS = ("tiny", "wan", "taehv")
 TEXTS = ("table", "umt5")
-SINK_POSITIONS = ("relative", "absolute")
+SINK_POSITIONS = ("relative", "window", "absolute")
 SOLVERS = ("renoise", "euler")
+SCHEDULES = ("sequential", "rolling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,11 @@ class ModelConfig:
     sinks: int = 0
     """K: first latent frames of the stream, seen for ever."""
     sink_position: str = "relative"
-    """"relative" clamps the distance to a sink at `trained_frames` - 1; "absolute" lets it grow."""
+    """"relative" clamps the distance to a sink at `trained_frames` - 1; "window" looks at the sinks as if they were
+    right before the window (Rolling Forcing, arXiv:2509.25161); "absolute" lets it grow."""
+    schedule: str = "sequential"
+    """"sequential" makes one unit after another; "rolling" has `steps` units at as many noise levels in one pass, each
+    of which finishes the oldest (Rolling Forcing). A stream may choose the other one."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns of one token."""
     time_width: int = 256
@@ -156,8 +161,8 @@ class ModelConfig:
         Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
         require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
         require(
-            not self.reference_compat or self.sink_position == "absolute",
-            'sink_position "absolute" with reference_compat: the released code knows no other',
+            not self.reference_compat or self.sink_position != "relative",
+            'sink_position "absolute" or "window" with reference_compat: the released code knows no other',
             self.sink_position,
         )
         require(self.solver in SOLVERS, f"solver in {SOLVERS}", self.solver)
@@ -168,6 +173,16 @@ class ModelConfig:
             steps = sequence(self, name, float)
             falling = all(a > b > 0 for a, b in pairwise(steps))
             require(len(steps) > 0 and steps[0] == 1.0 and falling, f"{name} to fall from 1 and stay above 0", steps)
+        require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", self.schedule)
+        if self.schedule == "rolling":
+            self._check_rolling()
+
+    def _check_rolling(self) -> None:
+        require(self.solver == "renoise", 'solver "renoise" with a rolling schedule', self.solver)
+        require(self.first_steps is None, "no first_steps with a rolling schedule: units share their passes", self.name)
+        least = self.unit * len(self.steps)
+        require(self.window >= least, f"a window of {least} latent frames, all that are in one pass", self.window)
+        require(self.sinks <= self.unit, f"sinks of at most one unit ({self.unit}) with a rolling schedule", self.sinks)
 
     # ------------------------------------------------------------------ derived
 
@@ -204,6 +219,11 @@ class ModelConfig:
         return Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
 
     @property
+    def joint_units(self) -> int:
+        """Units that go through a denoising pass together."""
+        return len(self.steps) if self.schedule == "rolling" else 1
+
+    @property
     def frame_size(self) -> tuple[int, int]:
         """Pixels of one frame: height, width."""
         return self.latent_grid[0] * self.autoencoder.spatial, self.latent_grid[1] * self.autoencoder.spatial
@@ -228,7 +248,8 @@ class ModelConfig:
 
     def as_reference(self) -> Self:
         """This model, run as the released code runs it."""
-        return replace(self, reference_compat=True, sink_position="absolute")
+        position = "window" if self.sink_position == "window" else "absolute"
+        return replace(self, reference_compat=True, sink_position=position)
 
     def unit_steps(self, unit: int) -> tuple[float, ...]:
         """The step list (u, before the warp) of a unit."""
@@ -317,6 +338,12 @@ def _wan(
     )
 
 
+def _wan_long() -> ModelConfig:
+    """The long-video student, trained by rolling windows: 21 frames in reach, the first chunk of them for ever."""
+    model = _wan("wan-1.3b-longvideo", unit=3, steps=4, window=18, sinks=3)
+    return replace(model, sink_position="window", schedule="rolling")
+
+
 def _wan_teacher(name: str, unit: int) -> ModelConfig:
     """Stage 1: 48 Euler steps, guidance 3, as arXiv:2605.15141 samples the teacher that it distils."""
     return replace(_wan(name, unit, steps=48), solver="euler", guidance=3.0)
@@ -365,7 +392,7 @@ PRESETS: dict[str, ModelConfig] = {
         _wan("wan-1.3b-framewise-ode", 1, 4),  #                         starts the DMD of A: VBench 83.75 after it
         _wan("wan-1.3b-chunkwise-cd", 3, 4),  #                          A: VBench 81.48 (causal teacher)
         _wan("wan-1.3b-framewise-cd", 1, 4),  #                          starts the DMD of B: VBench 84.10 after it
-        _wan("wan-1.3b-longvideo", 3, 4, window=18, sinks=3),  #         21 frames in reach, 3 of them anchors
+        _wan_long(),  #                           F = 3, 4 steps         Rolling Forcing's windows; no number of its own
         _wan_14b(),  #                                                   14,288,491,584 parameters
         _tiny(),  #                                                      its card, cfrt/students/tiny/card.md
     )

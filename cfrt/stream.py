@@ -69,6 +69,7 @@ class Stream:
         own (teachers have both, students need neither). More than 1 doubles the work and the ring.
     decoder: "taehv" for the small decoder of Wan's latents, where the model's folder has it; None the model's own.
     tile: latent cells along the side of the tiles that are decoded at once, for less memory and blended seams.
+    schedule: "sequential" or "rolling" (`ModelConfig.schedule`); None the model's own.
     reference_compat: as the released inference code does it (`ModelConfig.reference_compat`).
     engine, device, precision, threads: see `cfrt.engines`.
 
@@ -92,6 +93,7 @@ class Stream:
         negative: str | None = None,
         decoder: str | None = None,
         tile: int | None = None,
+        schedule: Literal["sequential", "rolling"] | None = None,
         reference_compat: bool = False,
         device: str = "cpu",
         precision: str = "auto",
@@ -102,6 +104,8 @@ class Stream:
         self.config, weights = load_model(folder)
         if guidance is not None:
             self.config = replace(self.config, guidance=guidance)
+        if schedule is not None:
+            self.config = replace(self.config, schedule=schedule)
         if reference_compat:
             self.config = self.config.as_reference()
         self._text = encoder(self.config, weights, folder) if text is None else self._reader(text)
@@ -124,7 +128,7 @@ class Stream:
         made = chosen()
         made.prepare(spec)
         self.engine, self.precision, self.seed = chosen.name, made.precision, seed
-        self._identity = (self.config.name, self.engine, device, self.precision, seed)
+        self._identity = (self.config.name, self.engine, device, self.precision, seed, self.config.schedule)
         self._prompt = prompt
         timeline = Timeline(prompt, encoded.rows)
         self._worker = Worker(made, self.config, timeline, fps=beat, live=keep == "latest", prefix=prefix, born=born)
@@ -166,7 +170,7 @@ class Stream:
         """Goes on exactly as the snapshot's stream did. EngineError where this stream is of another kind."""
         if snapshot.made_by != self._identity:
             raise EngineError(
-                f"expected a snapshot of (model, engine, device, precision, seed) = {self._identity}, "
+                f"expected a snapshot of (model, engine, device, precision, seed, schedule) = {self._identity}, "
                 f"got one of {snapshot.made_by}"
             )
         self._worker.load(snapshot.state)

@@ -14,18 +14,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
 
-from . import flow
 from .clock import Clock
 from .config import ModelConfig
 from .engines import Engine, Latents
 from .errors import CfrtError
 from .frame import Frame
+from .schedule import schedule
 from .stats import Meters, Stats
 from .timeline import Context, Timeline
 
@@ -46,6 +45,8 @@ class State:
     timeline: Timeline
     past: tuple[tuple[int, Latents], ...]
     given: tuple[Latents, ...]
+    begun: Any
+    """What the schedule has begun."""
 
 
 class Worker:
@@ -67,7 +68,10 @@ class Worker:
         self._prefix = prefix  # pictures to go on from
         self._given: tuple[Latents, ...] = ()  # the units that they make, once encoded
         self._clock, self._live, self._born = Clock(fps, live=live), live, born
-        self._fuse = fps is None and engine.fuses  # by configuration, never by timing: the same bytes every time
+        self._schedule = schedule(engine, config)
+        self._fuse = (
+            fps is None and engine.fuses and self._schedule.fuses
+        )  # by configuration, never by timing: the same bytes every time
         self._reading: np.ndarray | None = None
         self._owed: tuple[int, Latents] | None = None  # a unit whose commit goes into the next unit's first pass
         self._past: deque[tuple[int, Latents]] = deque(maxlen=config.window // config.unit + 1)  # for `recache`
@@ -237,10 +241,10 @@ class Worker:
         """One unit, from noise to frames in the queue and keys in the ring."""
         begin = perf_counter()
         self._read(context.rows)
-        start = perf_counter()
-        latents = self._denoise(unit)
-        if latents is None:
+        made = self._denoise(unit)
+        if made is None:
             return
+        latents, start = made
         denoised = perf_counter()
         pixels = self._engine.decode(latents)
         latency = perf_counter() - start
@@ -250,26 +254,30 @@ class Worker:
         self._remember(unit, latents)
         self.meters.unit.add(perf_counter() - begin)
 
-    def _denoise(self, unit: int) -> Latents | None:
-        """Clean latents of a unit; None when they are no longer wanted. The pictures that a stream goes on from are its
-        first units, and the one after them has the step list of a first unit (as in image-to-video of
-        arXiv:2602.02214's code)."""
+    def _denoise(self, unit: int) -> tuple[Latents, float] | None:
+        """Clean latents of a unit, and when their first pass began; None when they are no longer wanted. The pictures
+        that a stream goes on from are its first units, and the one after them has the step list of a first unit (as in
+        image-to-video of arXiv:2602.02214's code)."""
         given = self._continued()
         if unit < len(given):
             self._settle()  # no pass of this unit will take the commit along
-            return given[unit]
-        engine, config = self._engine, self._config
-        levels = flow.sigmas(config.unit_steps(unit - len(given)), config.shift)
-        x = engine.noise(unit, 0)
-        for step, (s, s_next) in enumerate(pairwise((*levels, 0.0))):
-            if self._stale(unit):
-                return None
-            if step > 0 and config.solver == "renoise":
-                x = flow.renoise(x, engine.noise(unit, step), s)
-            owed, self._owed = self._owed, None
-            x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=None if owed is None else owed[1])
-            x = x0 if config.solver == "renoise" else flow.euler(x, flow.v_from_x0(x, x0, s), s, s_next)
-        return x
+            return given[unit], perf_counter()
+        latents = self._schedule.make(unit, unit - len(given), self)
+        return None if latents is None else (latents, self._schedule.began)
+
+    def wanted(self, unit: int) -> bool:
+        """Is a unit in work still to be made? False once it was called off."""
+        return not self._stale(unit)
+
+    def rows(self, unit: int) -> np.ndarray:
+        """What a unit reads, as far as is known now."""
+        with self._lock:
+            return self._timeline.at(unit).rows
+
+    def take_owed(self) -> Latents | None:
+        """The unit whose commit goes into the next pass, if there is one."""
+        owed, self._owed = self._owed, None
+        return None if owed is None else owed[1]
 
     def _continued(self) -> tuple[Latents, ...]:
         """The units that the stream goes on from."""
@@ -332,6 +340,7 @@ class Worker:
             self._owed = None
         while self._past and self._past[-1][0] >= unit:
             self._past.pop()
+        self._schedule.rewind()
         self._engine.rewind(unit)
 
     def _recache(self) -> float:
@@ -349,14 +358,17 @@ class Worker:
     def _save(self) -> State:
         self._settle()
         engine, given, past = self._engine.snapshot(), self._continued(), tuple(self._past)
+        begun = self._schedule.state()
         with self._lock:
-            return State(engine, self._next, self._playhead, tuple(self._queue), self._timeline.copy(), past, given)
+            queue, timeline = tuple(self._queue), self._timeline.copy()
+            return State(engine, self._next, self._playhead, queue, timeline, past, given, begun)
 
     def _load(self, state: State) -> None:
         self._engine.restore(state.engine)
         self._owed, self._reading, self._prefix, self._given = None, None, None, state.given
         self._past.clear()
         self._past.extend(state.past)
+        self._schedule.load(state.begun)
         with self._lock:
             self._next, self._playhead = state.next, state.playhead
             self._queue = deque(state.queue)

@@ -125,7 +125,7 @@ def test_unit_time_is_flat(benchmark: BenchmarkFixture) -> None:
     Memory as well, from the thousandth unit on."""
     times: list[float] = []
     memory: list[float] = []
-    with cfrt.Stream(PROMPT, model=MODEL, threads=1, fps="max") as stream:
+    with cfrt.Stream(PROMPT, model=MODEL, threads=1, fps="max", journal_bytes=2**20) as stream:
         frames, every = stream.frames(), stream.config.unit_frames(1)
         for _ in range(stream.config.first_frame(2)):
             next(frames)

@@ -19,25 +19,33 @@ if TYPE_CHECKING:
     from .errors import ConfigError as ConfigError
     from .errors import EngineError as EngineError
     from .errors import PromptError as PromptError
+    from .errors import SnapshotError as SnapshotError
     from .errors import VideoError as VideoError
     from .errors import WeightsError as WeightsError
     from .frame import Frame as Frame
+    from .snapshot import Snapshot as Snapshot
     from .stats import Stats as Stats
     from .stream import Change as Change
     from .stream import Stream as Stream
     from .text import PromptWarning as PromptWarning
+    from .trace import Trace as Trace
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Stream": "stream",
     "Change": "stream",
+    "Snapshot": "snapshot",
     "Frame": "frame",
+    "Trace": "trace",
     "Stats": "stats",
     "ModelConfig": "config",
     "PRESETS": "config",
     "PromptWarning": "text",
-    **dict.fromkeys(("CfrtError", "ConfigError", "EngineError", "PromptError", "VideoError", "WeightsError"), "errors"),
+    **dict.fromkeys(
+        ("CfrtError", "ConfigError", "EngineError", "PromptError", "SnapshotError", "VideoError", "WeightsError"),
+        "errors",
+    ),
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -88,6 +88,12 @@ class Geometry:
         wrapped = [(self.sinks, self.sinks + count - head)] if count > head else []
         return [(first, first + head), *wrapped]
 
+    def evicted_by(self, unit: int) -> Span:
+        """The frames whose slots `unit` takes: what it makes forgotten. Sinks take nobody's and lose theirs never."""
+        turn = self.window + self.unit
+        start, stop = unit * self.unit - turn, (unit + 1) * self.unit - turn
+        return max(self.sinks, start), max(self.sinks, stop)
+
     # ------------------------------------------------------------------ masks (True = may look)
 
     def causal_mask(self, frames: int) -> np.ndarray:

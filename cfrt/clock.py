@@ -18,6 +18,7 @@ class Clock:
         self._period = 1 / fps if fps else 0.0
         self._patience = self._period * (1.0 if live else JITTER)
         self._origin: float | None = None
+        self._last = -math.inf  # when the last frame was handed out
 
     @property
     def running(self) -> bool:
@@ -25,8 +26,10 @@ class Clock:
         return self._origin is not None
 
     def delay(self, index: int, now: float) -> float:
-        """Seconds until frame `index` is due; 0 when it is, or when the beat has not started."""
-        return 0.0 if self._origin is None else max(0.0, self._origin + index * self._period - now)
+        """Seconds until frame `index` is due. Where the beat has not started that is one period after the last frame
+        that was handed out, so that no sequence of pauses and jumps is faster than the beat."""
+        due = self._last + self._period if self._origin is None else self._origin + index * self._period
+        return max(0.0, due - now)
 
     def newest(self, now: float) -> int:
         """Index of the newest frame that is due; -1 before the beat has started. For a clock with fps."""
@@ -36,7 +39,8 @@ class Clock:
         """Frame `index` is handed out: the first one starts the beat, one that is late moves it."""
         if self._origin is None or now - (self._origin + index * self._period) > self._patience:
             self._origin = now - index * self._period
+        self._last = now
 
     def reset(self) -> None:
-        """The next frame starts the beat anew."""
+        """The next frame, whichever it is, starts the beat anew."""
         self._origin = None

@@ -21,6 +21,10 @@ class EngineError(CfrtError, RuntimeError):
     """No engine can do what was asked, or the one that was asked failed."""
 
 
+class SnapshotError(EngineError):
+    """A snapshot that cannot be read, or that belongs to another model or engine."""
+
+
 class VideoError(CfrtError):
     """A video or picture that cannot be written or read."""
 

@@ -4,12 +4,12 @@
     rolling      a pass over units u .. u + S - 1, each at its own of the S noise levels, takes all of them a level down
                  and finishes u (Rolling Forcing, arXiv:2509.25161)
 
-A schedule holds what is between noise and clean; it asks the engine for passes and its host, the worker, for the rest.
+A schedule holds what is between noise and clean; it asks the engine for passes, and its stream for the rest.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -18,22 +18,24 @@ import numpy as np
 from . import flow
 from .config import ModelConfig
 from .engines import Engine, Latents
+from .timeline import Timeline
+from .trace import Hook
 
 
-class Host(Protocol):
-    """The worker, as a schedule sees it."""
+@dataclass(frozen=True)
+class Calls:
+    """What a schedule asks of its stream while it makes one unit."""
 
-    def wanted(self, unit: int) -> bool:
-        """False once the unit has been called off."""
-        ...
-
-    def rows(self, unit: int) -> np.ndarray:
-        """What the unit reads, as far as is known now."""
-        ...
-
-    def take_owed(self) -> Latents | None:
-        """The clean latents of the unit before, if the next pass is to commit them; they are then no longer owed."""
-        ...
+    stale: Callable[[], bool]
+    """Has the unit been called off?"""
+    timeline: Timeline
+    """What units read, and the seeds of their noise, as far as is known now."""
+    noise: Callable[[int, int], Latents]
+    """Standard normals of a unit and step."""
+    owed: Callable[[], Latents | None]
+    """The clean latents of the unit before, where the next pass is to commit them; they are then no longer owed."""
+    span: Hook
+    """Entered around every pass, by its name."""
 
 
 class Schedule(Protocol):
@@ -44,12 +46,8 @@ class Schedule(Protocol):
     began: float
     """When the first pass of the last unit made began, by `perf_counter`."""
 
-    def make(self, unit: int, number: int, host: Host) -> Latents | None:
+    def make(self, unit: int, number: int, calls: Calls) -> Latents | None:
         """Clean latents of a unit, the `number`-th that is not given; None when it is no longer wanted."""
-        ...
-
-    def rewind(self) -> None:
-        """Forgets what it has begun: the next unit starts from noise, whichever that is."""
         ...
 
     def state(self) -> Any:
@@ -75,22 +73,20 @@ class Sequential:
         self._engine, self._config = engine, config
         self.began = 0.0
 
-    def make(self, unit: int, number: int, host: Host) -> Latents | None:
+    def make(self, unit: int, number: int, calls: Calls) -> Latents | None:
         engine, config = self._engine, self._config
         self.began = perf_counter()
         levels = flow.sigmas(config.unit_steps(number), config.shift)
-        x = engine.noise(unit, 0)
+        x = calls.noise(unit, 0)
         for step, (s, s_next) in enumerate(pairwise((*levels, 0.0))):
-            if not host.wanted(unit):
+            if calls.stale():
                 return None
             if step > 0 and config.solver == "renoise":
-                x = flow.renoise(x, engine.noise(unit, step), s)
-            x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=host.take_owed())
+                x = flow.renoise(x, calls.noise(unit, step), s)
+            with calls.span(f"denoise {step}"):
+                x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=calls.owed())
             x = x0 if config.solver == "renoise" else flow.euler(x, flow.v_from_x0(x, x0, s), s, s_next)
         return x
-
-    def rewind(self) -> None:
-        pass
 
     def state(self) -> None:
         return None
@@ -107,7 +103,13 @@ class _Begun:
     step: int
     """Index of the level at which x is."""
     rows: np.ndarray
+    seed: int
     began: float
+
+    def holds(self, unit: int, timeline: Timeline) -> bool:
+        """Is it made of what the timeline says of that unit?"""
+        rows = timeline.at(unit).rows
+        return timeline.seed(unit) == self.seed and (rows is self.rows or np.array_equal(rows, self.rows))
 
 
 class Rolling:
@@ -115,8 +117,8 @@ class Rolling:
     for each unit, so the work is that of `Sequential`. The first unit after a start takes S passes, over one unit, then
     two, up to S of them.
 
-    A change of text starts the units that it concerns again from noise, so that none is made from two texts; what the
-    units before them had seen of them stays.
+    A change of text or seed starts the units that it concerns again from noise, so that none is made from two; what
+    the units before them had seen of them stays.
 
     A clip of known length (reference_compat) ends as it began, with passes over S - 1 units, down to one."""
 
@@ -130,19 +132,17 @@ class Rolling:
         self._begun: tuple[_Begun, ...] = ()  # units from `_first` on
         self.began = 0.0
 
-    def make(self, unit: int, number: int, host: Host) -> Latents | None:
-        kept = self._begun if unit == self._first else ()
-        self._first, self._begun = unit, self._of_these_texts(kept, host)
-        while host.wanted(unit):
-            self._admit(host)
-            oldest, clean = self._begun[0], self._pass()
+    def make(self, unit: int, number: int, calls: Calls) -> Latents | None:
+        begun = enumerate(self._begun if unit == self._first else (), unit)
+        kept = takewhile(lambda entry: entry[1].holds(entry[0], calls.timeline), begun)
+        self._first, self._begun = unit, tuple(one for _, one in kept)
+        while not calls.stale():
+            self._admit(calls)
+            oldest, clean = self._begun[0], self._pass(calls)
             if oldest.step + 1 == len(self._levels):
                 self._first, self.began = unit + 1, oldest.began
                 return clean
         return None
-
-    def rewind(self) -> None:
-        self._begun = ()
 
     def state(self) -> tuple[int, tuple[_Begun, ...]]:
         return self._first, self._begun
@@ -150,31 +150,23 @@ class Rolling:
     def load(self, state: tuple[int, tuple[_Begun, ...]]) -> None:
         self._first, self._begun = state
 
-    def _of_these_texts(self, begun: Sequence[_Begun], host: Host) -> tuple[_Begun, ...]:
-        """The units, up to the first whose text has changed since it began."""
-        kept: list[_Begun] = []
-        for unit, one in enumerate(begun, self._first):
-            if not np.array_equal(one.rows, host.rows(unit)):
-                break
-            kept.append(one)
-        return tuple(kept)
-
-    def _admit(self, host: Host) -> None:
+    def _admit(self, calls: Calls) -> None:
         """One more unit, from noise, unless the clip ends before it."""
         unit = self._first + len(self._begun)
         if unit != self._end or not self._begun:
-            new = _Begun(self._engine.noise(unit, 0), 0, host.rows(unit), perf_counter())
-            self._begun = (*self._begun, new)
+            rows, seed = calls.timeline.at(unit).rows, calls.timeline.seed(unit)
+            self._begun = (*self._begun, _Begun(calls.noise(unit, 0), 0, rows, seed, perf_counter()))
 
-    def _pass(self) -> Latents:
+    def _pass(self, calls: Calls) -> Latents:
         """Takes every unit a level down; gives the estimate of x0 of the oldest, which leaves after the last level."""
         begun, times = self._begun, [flow.TIME_SCALE * self._levels[one.step] for one in self._begun]
         x, rows = [one.x for one in begun], [one.rows for one in begun]
-        estimates = self._engine.denoise_jointly(x, times, self._first, rows)
+        with calls.span(f"denoise {len(begun)} units"):
+            estimates = self._engine.denoise_jointly(x, times, self._first, rows)
         lowered = []
         for unit, (one, x0) in enumerate(zip(begun, estimates, strict=True), self._first):
             if (step := one.step + 1) < len(self._levels):
-                noisy = flow.renoise(x0, self._engine.noise(unit, step), self._levels[step])
-                lowered.append(_Begun(noisy, step, one.rows, one.began))
+                noisy = flow.renoise(x0, calls.noise(unit, step), self._levels[step])
+                lowered.append(replace(one, x=noisy, step=step))
         self._begun = tuple(lowered)
         return estimates[0]

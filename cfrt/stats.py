@@ -72,6 +72,8 @@ class Stats:
     """Frames that a slow consumer missed; only a stream with keep="latest" drops any."""
     ring: tuple[int, int]
     """Latent frames that the next unit can look back at, and the most it ever will."""
+    journal_bytes: int
+    """What is kept for `Stream.rewind`."""
 
     @property
     def real_time(self) -> bool:
@@ -93,7 +95,7 @@ class Meters:
     frames: int = 0
     dropped: int = 0
 
-    def read(self, *, ring: tuple[int, int], unit_duration: float) -> Stats:
+    def read(self, *, ring: tuple[int, int], unit_duration: float, journal_bytes: int) -> Stats:
         return Stats(
             time_to_first_frame=self.time_to_first_frame,
             latency=self.latency.timing(),
@@ -106,4 +108,5 @@ class Meters:
             frames=self.frames,
             dropped=self.dropped,
             ring=ring,
+            journal_bytes=journal_bytes,
         )

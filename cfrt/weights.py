@@ -8,6 +8,7 @@ numpy throughout. A model's file is mapped into memory: loading copies
 nothing, and an engine that packs its weights never holds them twice.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,9 @@ from .errors import WeightsError
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LISTED = 4
 """Differences that an error names before it counts the rest."""
+
+SAMPLED = 256
+"""Numbers of each tensor that count for its fingerprint."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -95,7 +99,7 @@ def save_model(folder: str | Path, config: ModelConfig, tensors: Mapping[str, np
     stored = {name: np.ascontiguousarray(_stored(name, tensor)) for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS_FILE) as weights, _replacing(folder / CONFIG_FILE) as text:
+    with replacing(folder / WEIGHTS_FILE) as weights, replacing(folder / CONFIG_FILE) as text:
         weights.write_bytes(to_safetensors(stored, metadata={"config": json.dumps(config.to_dict())}))
         text.write_text(config.to_json(), encoding="utf-8")
 
@@ -123,6 +127,17 @@ def part(tensors: Arrays, prefix: str) -> Arrays:
 
 def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name[len(prefix) + 1 :]: x for name, x in tensors.items() if name.startswith(prefix + ".")}
+
+
+def fingerprint(tensors: Arrays) -> str:
+    """A SHA-256 of names, shapes and the first numbers of every tensor: which weights these are, without reading all
+    of them. It is no proof that nothing is damaged."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(np.ascontiguousarray(tensor.reshape(-1)[:SAMPLED]).astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def match(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, np.ndarray]) -> None:
@@ -161,7 +176,7 @@ def _stored(name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes `path`'s place when the block succeeds and vanishes when it fails."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,32 +1,35 @@
-"""The thread that makes a stream's units, and the bounded queue between it and the consumer.
-
-    unit u:  noise -> denoising passes -> decode -> frames into the queue -> commit (or fused into unit u + 1)
+"""The thread that makes a stream's units, the bounded queue between it and the consumer, and who may take what when.
 
 The worker starts unit u + 1 when the first frame of unit u has left the queue, so it is at most one unit ahead and the
-queue holds at most two. A change of prompt may take that one unit back (`Engine.rewind`), which costs no memory.
+queue holds at most two. A change of prompt may take that one unit back, which costs no memory.
 
-Everything that touches the engine runs in this thread; what others want of it is posted as a task, done between units.
+Everything that touches the engine (`cfrt.maker`) runs in this thread; what others want of it is posted as a task, done
+between units. What is shared is read and written under one lock, which nobody holds while a unit is made.
 """
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from .clock import Clock
 from .config import ModelConfig
-from .engines import Engine, Latents
+from .engines import Engine
 from .errors import CfrtError
 from .frame import Frame
-from .schedule import schedule
+from .journal import Journal
+from .maker import Maker, Past
 from .stats import Meters, Stats
-from .timeline import Context, Timeline
+from .timeline import Blend, Timeline
+from .trace import Hook
 
 T = TypeVar("T")
 
@@ -34,19 +37,28 @@ CALLED_OFF = 4
 """Times that one unit may be made again, so that prompts in quick succession cannot hold up the frames for ever."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
     """A stream between two units: what the engine holds, what is made but not handed out, what comes next."""
 
     engine: Any
+    past: Past
     next: int
-    playhead: int
+    """The first unit that is not made."""
+    shown: int
+    """Index of the last frame handed out."""
     queue: tuple[Frame, ...]
     timeline: Timeline
-    past: tuple[tuple[int, Latents], ...]
-    given: tuple[Latents, ...]
-    begun: Any
-    """What the schedule has begun."""
+    journal: Journal | None = None
+
+
+class Due(NamedTuple):
+    """What a consumer gets now: a frame; or none, and the seconds until one may be due, None = until something happens
+    or, with `closed`, never."""
+
+    frame: Frame | None = None
+    wait: float | None = None
+    closed: bool = False
 
 
 class Worker:
@@ -54,127 +66,265 @@ class Worker:
 
     def __init__(
         self,
-        engine: Engine,
+        maker: Maker,
         config: ModelConfig,
         timeline: Timeline,
         *,
         fps: float | None,
         live: bool,
-        prefix: np.ndarray | None,
         born: float,
+        meters: Meters,
+        span: Hook,
     ) -> None:
-        self.meters = Meters()
-        self._engine, self._config, self._timeline = engine, config, timeline
-        self._prefix = prefix  # pictures to go on from
-        self._given: tuple[Latents, ...] = ()  # the units that they make, once encoded
-        self._clock, self._live, self._born = Clock(fps, live=live), live, born
-        self._schedule = schedule(engine, config)
-        self._fuse = (
-            fps is None and engine.fuses and self._schedule.fuses
-        )  # by configuration, never by timing: the same bytes every time
-        self._reading: np.ndarray | None = None
-        self._owed: tuple[int, Latents] | None = None  # a unit whose commit goes into the next unit's first pass
-        self._past: deque[tuple[int, Latents]] = deque(maxlen=config.window // config.unit + 1)  # for `recache`
+        self._maker, self._config, self._meters, self._span = maker, config, meters, span
+        self._live, self._born = live, born
         # Below: shared between threads, read and written under the lock.
         self._lock = threading.Condition()
+        self._timeline = timeline
+        self._clock = Clock(fps, live=live)
         self._queue: deque[Frame] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._listeners: list[Callable[[], None]] = []
         self._next = 0  # the first unit that is not started
-        self._playhead = -1  # the unit of the last frame handed out
-        self._called_off = 0  # times that the unit after the playhead was taken back
+        self._shown = -1  # index of the last frame handed out
+        self._last: Frame | None = None  # that frame, for display
+        self._gate = math.inf  # the first frame that a pause holds back
+        self._called_off = 0  # times that the unit after the one on show was taken back
         self._awaited: tuple[int, float] | None = None  # unit of the last change of prompt, when it was asked for
         self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cfrt-stream", daemon=True)
         self._thread.start()
 
-    # ------------------------------------------------------------------ the consumer's side
+    # ------------------------------------------------------------------ the consumer's side: frames
 
     def take(self) -> Frame | None:
         """The next frame when it is due; None when the stream is closed. Raises what stopped the worker, if anything
         did, once the frames made before that are gone."""
         with self._lock:
-            while not self._closed:
-                wait = None
-                if self._queue:
-                    self._drop_late()
-                    wait = self._clock.delay(self._queue[0].index, perf_counter())
-                    if wait == 0:
-                        return self._hand_out(self._queue.popleft())
-                elif self._error is not None:
-                    raise self._error
-                self._lock.wait(wait)
-        return None
+            due = self._due()
+            if due.frame is None and not due.closed:
+                with self._span("wait"):
+                    while due.frame is None and not due.closed:
+                        self._lock.wait(due.wait)
+                        due = self._due()
+            return due.frame
+
+    def poll(self) -> Due:
+        """`take` for those who must not wait."""
+        with self._lock:
+            return self._due()
+
+    @contextmanager
+    def listening(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Calls `wake`, which must not block, from whatever thread changes what `poll` gives."""
+        with self._lock:
+            self._listeners.append(wake)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.remove(wake)
+
+    def last_frame(self) -> Frame | None:
+        """The frame handed out last."""
+        return self._last
+
+    # ------------------------------------------------------------------ the consumer's side: control
+
+    @property
+    def paused(self) -> bool:
+        return self._gate != math.inf
+
+    @property
+    def unit(self) -> int:
+        """The unit on show; -1 before the first frame."""
+        with self._lock:
+            return self._playing()
+
+    @property
+    def reach(self) -> int:
+        """Units that `rewind` can go back."""
+        with self._lock:
+            return self._reach()
+
+    def changes(self) -> list[tuple[int, str]]:
+        """Unit and text of the changes of prompt that are remembered."""
+        with self._lock:
+            return self._timeline.changes()
 
     def change(
-        self, text: str, rows: np.ndarray, *, blend_units: int, recache: bool, flush: bool
+        self, text: str, rows: np.ndarray, *, blend_units: int, blend: Blend, recache: bool, flush: bool
     ) -> tuple[int, float | None]:
-        """The unit from which `text` holds, and the seconds that the recache took, if one was asked for.
-
-        With `flush` that is the first unit of which no frame has left, made again if need be; else the first that is
-        not started."""
+        """The unit from which `text` holds, and the seconds that the recache took, if one was asked for and no other
+        call has undone it meanwhile."""
         asked = perf_counter()
         with self._lock:
-            self._check_running()
-            flush = flush and self._called_off < CALLED_OFF
-            unit = min(self._playing() + 1, self._next) if flush else self._next
-            self._timeline.change(unit, text, rows, blend_units)
+            unit = self._turn(flush or recache)
+            self._timeline.change(unit, text, rows, blend_units, blend=blend, recache=recache)
             self._awaited = (unit, asked)
-            if unit < self._next:
-                self._next = unit
-                self._called_off += 1
-                self._queue = deque(frame for frame in self._queue if frame.unit < unit)
-                self._post(partial(self._rewind, unit))
             done = self._post(self._recache) if recache else None
         return unit, None if done is None else done.result()
 
-    def save(self) -> State:
-        """The exact state after the last frame that was handed out."""
-        return self._call(self._save)
+    def reseed(self, seed: int) -> int:
+        """The unit from which noise is that of `seed`: the first of which no frame has left."""
+        with self._lock:
+            unit = self._turn(flush=True)
+            self._timeline.reseed(unit, seed)
+        return unit
+
+    def pause(self) -> None:
+        """Hands out no further frame until `resume` or `step`; cancels what is left of a step."""
+        with self._lock:
+            self._check_running()
+            self._hold()
+
+    def resume(self) -> None:
+        """Goes on after a pause, in time with a new beat."""
+        with self._lock:
+            self._check_running()
+            if self.paused:
+                self._gate = math.inf
+                self._clock.reset()
+            self._notify()
+
+    def step(self, units: int) -> int | None:
+        """While paused: lets frames through to the end of the next `units` units, the rest of one that is half shown
+        counting as the first. Gives the last of these units; None when there is no pause."""
+        with self._lock:
+            self._check_running()
+            if not self.paused:
+                return None
+            last = self._config.unit_at(int(self._gate)) + units - 1
+            self._gate = self._config.first_frame(last + 1)
+            self._notify()
+            return last
+
+    def rewind(self, units: int) -> tuple[int | None, int]:
+        """Goes back so that the unit on show and the `units - 1` before it come again: the unit that comes next. None
+        where that is too far. The second number is how far it could have gone."""
+        return self._call(partial(self._rewind, units))
+
+    def save(self, *, portable: bool = False) -> State:
+        """The state after the last frame that was handed out; raw, or on the host for any engine."""
+        return self._call(partial(self._save, portable))
 
     def load(self, state: State) -> None:
-        """Goes on from `state`."""
+        """Goes on from `state`, paused if this stream is paused."""
         self._call(partial(self._load, state))
+
+    def branch(self) -> tuple[Engine, State]:
+        """What a second stream with the same past needs."""
+        return self._call(self._branch)
 
     def stats(self) -> Stats:
         """What has been measured so far."""
         geometry = self._config.geometry
         held = sum(stop - start for start, stop in geometry.visible_frames(self._next)) - geometry.unit
         duration = self._config.unit_frames(1) / self._config.fps
-        return self.meters.read(ring=(held, geometry.capacity - 2 * geometry.unit), unit_duration=duration)
+        return self._meters.read(
+            ring=(held, geometry.capacity - 2 * geometry.unit),
+            unit_duration=duration,
+            journal_bytes=self._maker.journal.nbytes,
+        )
+
+    def journal_sizes(self) -> tuple[int, int]:
+        """Bytes that the journal may have, and those of its largest entry so far."""
+        return self._maker.journal.cap, self._maker.journal.largest
 
     def close(self) -> None:
         """Stops after the pass that is running, and waits for that. Closing twice is fine."""
         with self._lock:
             self._closed = True
-            self._lock.notify_all()
+            self._notify()
         if self._thread is not threading.current_thread():  # a stream may be collected in its own worker
             self._thread.join()
+
+    # ------------------------------------------------------------------ under the lock
+
+    def _due(self) -> Due:
+        if self._closed:
+            return Due(closed=True)
+        if not self._queue:
+            if self._error is not None:
+                raise self._error
+            return Due()
+        self._drop_late()
+        index = self._queue[0].index
+        if index >= self._gate:
+            self._clock.reset()
+            return Due()
+        wait = self._clock.delay(index, perf_counter())
+        return Due(wait=wait) if wait > 0 else Due(self._hand_out(self._queue.popleft()))
 
     def _hand_out(self, frame: Frame) -> Frame:
         now = perf_counter()
         self._clock.tick(frame.index, now)
-        if frame.unit != self._playhead:
-            self._playhead, self._called_off = frame.unit, 0
-        self.meters.frames += 1
+        if frame.unit != self._config.unit_at(self._shown):
+            self._called_off = 0
+        self._shown, self._last = frame.index, frame
+        self._meters.frames += 1
         if self._awaited is not None and frame.unit >= self._awaited[0]:
-            self.meters.change_to_pixel.add(now - self._awaited[1])
+            self._meters.change_to_pixel.add(now - self._awaited[1])
             self._awaited = None
-        self._lock.notify_all()
+        self._notify()
         return frame
 
     def _drop_late(self) -> None:
         """A live consumer gets the newest frame that is due; what it missed is counted and gone."""
-        newest = self._clock.newest(perf_counter()) if self._live else -1
+        newest = self._newest()
         while len(self._queue) > 1 and self._queue[1].index <= newest:
             self._queue.popleft()
-            self.meters.dropped += 1
+            self._meters.dropped += 1
+
+    def _newest(self) -> int:
+        """Index of the frame that a live stream shows by the clock, among those that are made; -1 for none."""
+        if not self._live:
+            return -1
+        made = self._queue[-1].index if self._queue else self._shown
+        return int(min(self._clock.newest(perf_counter()), made, self._gate - 1))
 
     def _playing(self) -> int:
         """The unit on show: by the frames handed out or, for a live stream, by the clock."""
-        if not self._live:
-            return self._playhead
-        return max(self._playhead, self._config.unit_at(self._clock.newest(perf_counter())))
+        return self._config.unit_at(max(self._shown, self._newest()))
+
+    def _reach(self) -> int:
+        oldest = self._maker.journal.oldest
+        return 0 if oldest is None else max(0, self._playing() + 1 - oldest)
+
+    def _turn(self, flush: bool) -> int:
+        """The unit from which a change holds: with `flush` the first of which no frame has left, made again if need be;
+        else the first that is not started."""
+        self._check_running()
+        after = self._playing() + 1
+        unit = min(after, self._next) if flush and self._called_off < CALLED_OFF else self._next
+        if unit < self._next:
+            self._called_off += 1
+            self._forget_from(unit)
+        oldest = self._maker.journal.oldest
+        self._timeline.forget(max(0, unit - 1 if oldest is None else min(oldest, unit - 1)))
+        self._notify()
+        return unit
+
+    def _forget_from(self, unit: int) -> None:
+        """Nothing of `unit` and later ones is made; whoever makes it next takes it back first."""
+        self._next = unit
+        self._queue = deque(frame for frame in self._queue if frame.unit < unit)
+
+    def _hold(self) -> None:
+        """Closes the gate after the frame on show."""
+        self._drop_late()
+        self._shown = max(self._shown, self._newest())
+        self._gate, self._awaited = self._shown + 1, None
+        self._clock.reset()
+
+    def _jump(self, shown: int) -> None:
+        """Frame `shown` is now the last one handed out."""
+        self._shown, self._called_off, self._awaited = shown, 0, None
+        self._clock.reset()
+        if self.paused:
+            self._gate = shown + 1
+        self._notify()
 
     def _check_running(self) -> None:
         if self._error is not None:
@@ -192,8 +342,13 @@ class Worker:
     def _post(self, task: Callable[[], T]) -> "Future[T]":
         done: Future[T] = Future()
         self._tasks.append((task, done))
-        self._lock.notify_all()
+        self._notify()
         return done
+
+    def _notify(self) -> None:
+        self._lock.notify_all()
+        for wake in self._listeners:
+            wake()
 
     # ------------------------------------------------------------------ the thread's side
 
@@ -209,8 +364,8 @@ class Worker:
                 for _, done in self._tasks:
                     done.set_exception(error)
                 self._tasks.clear()
-                self._lock.notify_all()
-            self._engine.close()
+                self._notify()
+            self._maker.engine.close()
 
     def _job(self) -> Callable[[], None] | None:
         """What to do next, waiting until there is something; None when the stream is closed."""
@@ -220,15 +375,17 @@ class Worker:
                     return partial(self._do, *self._tasks.popleft())
                 if self._next <= self._playing() + 1:
                     self._next += 1
-                    return partial(self._make, self._next - 1, self._timeline.at(self._next - 1))
-                self._lock.wait(self._until_next_unit())
+                    return partial(self._make, self._next - 1, self._timeline.copy())
+                with self._span("wait"):
+                    self._lock.wait(self._until_next_unit())
         return None
 
     def _until_next_unit(self) -> float | None:
         """Seconds until the clock of a live stream starts the unit before the next one; None where only frames do."""
         if not self._live or not self._clock.running:
             return None
-        return self._clock.delay(self._config.first_frame(self._next - 1), perf_counter())
+        first = self._config.first_frame(self._next - 1)
+        return None if first >= self._gate else self._clock.delay(first, perf_counter())
 
     def _do(self, task: Callable[[], Any], done: "Future[Any]") -> None:
         try:
@@ -237,55 +394,14 @@ class Worker:
             done.set_exception(error)
             raise
 
-    def _make(self, unit: int, context: Context) -> None:
+    def _make(self, unit: int, timeline: Timeline) -> None:
         """One unit, from noise to frames in the queue and keys in the ring."""
         begin = perf_counter()
-        self._read(context.rows)
-        made = self._denoise(unit)
-        if made is None:
+        made = self._maker.make(unit, timeline, partial(self._stale, unit))
+        if made is None or not self._deliver(unit, made.pixels, timeline.at(unit).text, made.latency):
             return
-        latents, start = made
-        denoised = perf_counter()
-        pixels = self._engine.decode(latents)
-        latency = perf_counter() - start
-        if not self._deliver(unit, pixels, context.text, latency):
-            return
-        self.meters.decode.add(start + latency - denoised)
-        self._remember(unit, latents)
-        self.meters.unit.add(perf_counter() - begin)
-
-    def _denoise(self, unit: int) -> tuple[Latents, float] | None:
-        """Clean latents of a unit, and when their first pass began; None when they are no longer wanted. The pictures
-        that a stream goes on from are its first units, and the one after them has the step list of a first unit (as in
-        image-to-video of arXiv:2602.02214's code)."""
-        given = self._continued()
-        if unit < len(given):
-            self._settle()  # no pass of this unit will take the commit along
-            return given[unit], perf_counter()
-        latents = self._schedule.make(unit, unit - len(given), self)
-        return None if latents is None else (latents, self._schedule.began)
-
-    def wanted(self, unit: int) -> bool:
-        """Is a unit in work still to be made? False once it was called off."""
-        return not self._stale(unit)
-
-    def rows(self, unit: int) -> np.ndarray:
-        """What a unit reads, as far as is known now."""
-        with self._lock:
-            return self._timeline.at(unit).rows
-
-    def take_owed(self) -> Latents | None:
-        """The unit whose commit goes into the next pass, if there is one."""
-        owed, self._owed = self._owed, None
-        return None if owed is None else owed[1]
-
-    def _continued(self) -> tuple[Latents, ...]:
-        """The units that the stream goes on from."""
-        if self._prefix is not None:
-            frames, self._prefix = self._prefix, None
-            one = len(frames) == 1
-            self._given = (self._engine.encode(frames[0]),) if one else tuple(self._engine.encode_film(frames))
-        return self._given
+        self._maker.remember(unit, made.latents)
+        self._meters.unit.add(perf_counter() - begin)
 
     def _stale(self, unit: int) -> bool:
         """Was this unit called off while it was being made?"""
@@ -301,76 +417,48 @@ class Worker:
         with self._lock:
             if self._stale(unit):
                 return False
-            if self.meters.time_to_first_frame is None:
-                self.meters.time_to_first_frame = perf_counter() - self._born
-            self.meters.units += 1
-            self.meters.latency.add(latency)
+            if self._meters.time_to_first_frame is None:
+                self._meters.time_to_first_frame = perf_counter() - self._born
+            self._meters.units += 1
+            self._meters.latency.add(latency)
             self._queue.extend(frames)
             self._drop_late()
-            self._lock.notify_all()
+            self._notify()
         return True
 
-    # ------------------------------------------------------------------ what the ring remembers
+    # ------------------------------------------------------------------ tasks
 
-    def _remember(self, unit: int, latents: Latents) -> None:
-        self._past.append((unit, latents))
-        self._owed = (unit, latents)
-        if not self._fuse:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Commits what is owed in a pass of its own."""
-        if self._owed is None:
-            return
-        (unit, latents), self._owed = self._owed, None
-        begin = perf_counter()
-        self._engine.commit(latents, unit)
-        self.meters.commit.add(perf_counter() - begin)
-
-    def _read(self, rows: np.ndarray) -> None:
-        """Makes the engine read `rows`, after a commit that is still to be made under the old ones."""
-        if rows is not self._reading:
-            self._settle()
-            self._engine.set_text(rows)
-            self._reading = rows
-
-    def _rewind(self, unit: int) -> None:
-        """Forgets `unit`, made or half made."""
-        if self._owed is not None and self._owed[0] >= unit:
-            self._owed = None
-        while self._past and self._past[-1][0] >= unit:
-            self._past.pop()
-        self._schedule.rewind()
-        self._engine.rewind(unit)
-
-    def _recache(self) -> float:
-        """KV-recache (as in LongLive, arXiv:2509.22622): every unit of the window is committed again, oldest first."""
-        begin = perf_counter()
+    def _recache(self) -> float | None:
         with self._lock:
-            unit, context = self._next, self._timeline.at(self._next)
-        self._read(context.rows)
-        self._settle()
-        for past, latents in self._past:
-            if self._config.geometry.visible(unit, (past + 1) * self._config.unit - 1):
-                self._engine.commit(latents, past)
-        return perf_counter() - begin
+            unit, rows = self._next, self._timeline.recache(self._next)
+        return None if rows is None else self._maker.recache(unit, rows)
 
-    def _save(self) -> State:
-        self._settle()
-        engine, given, past = self._engine.snapshot(), self._continued(), tuple(self._past)
-        begun = self._schedule.state()
+    def _rewind(self, units: int) -> tuple[int | None, int]:
         with self._lock:
-            queue, timeline = tuple(self._queue), self._timeline.copy()
-            return State(engine, self._next, self._playhead, queue, timeline, past, given, begun)
+            reach, unit = self._reach(), self._playing() + 1 - units
+            if units > reach:
+                return None, reach
+            self._forget_from(unit)
+            self._queue.clear()
+            self._jump(self._config.first_frame(unit) - 1)
+        self._maker.go_back(unit)
+        return unit, reach
+
+    def _save(self, portable: bool) -> State:
+        with self._lock:
+            unit, shown, timeline = self._next, max(self._shown, self._newest()), self._timeline.copy()
+            queue = tuple(frame for frame in self._queue if frame.index > shown)
+        engine, past = self._maker.save(unit, portable=portable)
+        return State(engine=engine, past=past, next=unit, shown=shown, queue=queue, timeline=timeline)
+
+    def _branch(self) -> tuple[Engine, State]:
+        state = self._save(portable=False)
+        return self._maker.engine.twin(), replace(state, journal=self._maker.journal.copy())
 
     def _load(self, state: State) -> None:
-        self._engine.restore(state.engine)
-        self._owed, self._reading, self._prefix, self._given = None, None, None, state.given
-        self._past.clear()
-        self._past.extend(state.past)
-        self._schedule.load(state.begun)
+        journal = None if state.journal is None else state.journal.copy()
+        self._maker.load(state.next, state.engine, state.past, journal)
         with self._lock:
-            self._next, self._playhead = state.next, state.playhead
-            self._queue = deque(state.queue)
+            self._next, self._queue = state.next, deque(state.queue)
             self._timeline = state.timeline.copy()
-            self._clock.reset()
+            self._jump(state.shown)

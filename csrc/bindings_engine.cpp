@@ -97,6 +97,21 @@ void load(Dit& dit, const py::bytes& state) {
     dit.ring().load(reinterpret_cast<const std::byte*>(view.data()), view.size());
 }
 
+py::object read(Dit& dit, std::int64_t frame) {
+    if (frame < 0 || !dit.ring().holds(frame)) return py::none();
+    const RingShape& s = dit.ring().shape();
+    py::array_t<float> kv({s.layers, std::int64_t{2}, s.frame_tokens, s.heads, s.dim});
+    dit.read(frame, kv.mutable_data());
+    return std::move(kv);
+}
+
+void write(Dit& dit, std::int64_t frame, const Array<float>& kv) {
+    check(frame >= 0, "expected frame >= 0, got ", frame);
+    check(kv.size() == dit.frame_numbers(), "expected keys and values of ", dit.frame_numbers(), " numbers, got ",
+          kv.size(), ": they are another model's");
+    dit.write(frame, kv.data());
+}
+
 void bind_config(py::module_& m) {
     using Pair = std::pair<std::int64_t, std::int64_t>;
     py::class_<DitConfig>(m, "DitConfig", "Sizes of a causal Wan2.1 DiT; cfrt.config.ModelConfig documents them.")
@@ -131,6 +146,13 @@ void bind_dit(py::module_& m) {
             "rewind", [](Dit& dit, std::int64_t unit) { dit.ring().rewind(unit); }, "unit"_a)
         .def_property_readonly("next_frame", [](Dit& dit) { return dit.ring().next_frame(); })
         .def_property_readonly("bytes", &Dit::bytes)
+        .def(
+            "twin", [](const Dit& dit, Threads& threads) { return std::make_unique<Dit>(dit, threads); }, "threads"_a,
+            py::keep_alive<0, 2>(), "Another stream with the same weights, which are in memory once.")
+        .def("read", &read, "frame"_a,
+             "Keys and values of a frame, fp32 [layers, 2, tokens, heads, padded head], exact; None when it is not "
+             "held.")
+        .def("write", &write, "frame"_a, "kv"_a.noconvert(), "Puts back what `read` gave; the frame counts as held.")
         .def("state", &state)
         .def("load", &load, "state"_a);
 }

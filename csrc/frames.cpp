@@ -40,7 +40,11 @@ void Frames::open(std::int64_t unit, std::vector<std::int64_t>& seen) {
 void Frames::commit(std::int64_t unit) {
     const std::int64_t end = geometry_.unit_end(unit);
     for (std::int64_t frame = unit * geometry_.unit; frame < end; ++frame) hold(frame);
-    next_frame_ = std::max(next_frame_, end);
+}
+
+void Frames::hold(std::int64_t frame) {
+    held_[slot(frame)] = frame;
+    next_frame_ = std::max(next_frame_, frame + 1);
 }
 
 void Frames::rewind(std::int64_t unit) {

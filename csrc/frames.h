@@ -24,8 +24,8 @@ class Frames {
     void commit(std::int64_t unit);
     // Makes `unit` the next one. An Error when a frame that it sees has been overwritten.
     void rewind(std::int64_t unit);
-    // Declares that the slot of `frame` has been written with its clean keys and values.
-    void hold(std::int64_t frame) { held_[slot(frame)] = frame; }
+    // Declares that the slot of `frame` has been written with its clean keys and values, as a commit does.
+    void hold(std::int64_t frame);
     // Forgets everything.
     void clear();
 

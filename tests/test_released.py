@@ -238,19 +238,26 @@ def test_a_rolling_snapshot_goes_on_exactly(at: int, tmp_path: Path, latents: di
         live.restore(saved)
         list(live.frames(40))
         assert torch.equal(joined(latents, at + 3), expected)
-        with (
-            cfrt.Stream(
-                "a",
-                model=tmp_path,
-                engine="torch",
-                precision="fp64",
-                seed=SEED,
-                schedule="sequential",
-                text=Rows(live.config),
-            ) as other,
-            pytest.raises(EngineError, match="schedule"),
-        ):
-            other.restore(saved)  # fmt: skip
+        with pytest.raises(cfrt.SnapshotError, match="half made"):
+            live.snapshot(portable=True)
+    other = stream(tmp_path, live.config, schedule="sequential")
+    with other, pytest.raises(cfrt.SnapshotError, match="with config"):
+        other.restore(saved)
+
+
+def test_a_rolling_stream_goes_back_exactly(tmp_path: Path, latents: dict[int, Tensor]) -> None:
+    """Half-made units come back with the rest; other noise then starts them anew."""
+    with stream(tmp_path, long_video()) as live:
+        list(live.frames(live.config.first_frame(8)))
+        expected = joined(latents, 8)
+        assert live.rewind(4) == 4
+        list(live.frames(live.config.first_frame(8) - live.config.first_frame(4)))
+        assert torch.equal(joined(latents, 8), expected)
+        assert live.rewind(4) == 4
+        assert live.reseed(SEED + 1).unit == 4
+        list(live.frames(live.config.first_frame(8) - live.config.first_frame(4)))
+        changed = (joined(latents, 8) != expected).flatten(1).any(1)
+        assert changed.tolist() == [False] * 12 + [True] * 12
 
 
 def test_latency_counts_from_the_first_pass(tmp_path: Path, latents: dict[int, Tensor]) -> None:

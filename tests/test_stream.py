@@ -342,10 +342,16 @@ def test_restore_continues_as_if_nothing_had_happened(
     assert repr(snapshot) == "Snapshot(model='small', engine='native', unit=6)"
 
 
-def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt.Stream]) -> None:
-    snapshot = open_stream().snapshot()
-    with pytest.raises(cfrt.EngineError, match="expected a snapshot of"):
-        open_stream(seed=8).restore(snapshot)
+def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt.Stream], tmp_path: Path) -> None:
+    stream = open_stream()
+    list(stream.frames(9))
+    snapshot = stream.snapshot()
+    with pytest.raises(cfrt.SnapshotError, match="engine 'torch', precision 'fp64', got .*portable=True"):
+        open_stream(engine="torch", precision="fp64").restore(snapshot)
+    other = open_stream(model=save_student(tmp_path, seed=1))
+    with pytest.raises(cfrt.SnapshotError, match="weights"):
+        other.restore(snapshot)
+    assert next(other.frames()).index == 0  # unharmed
 
 
 # ---------------------------------------------------------------------- theorem 7: flat
@@ -353,7 +359,7 @@ def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt
 
 def test_memory_and_time_per_unit_are_flat(open_stream: Callable[..., cfrt.Stream]) -> None:
     """Short form: 300 units. Time is the processor's own and compared with itself: a busy machine is no news."""
-    stream = open_stream()
+    stream = open_stream(journal_bytes=10_000)  # is full before anything is measured
     frames = stream.frames()
     spans: list[float] = []
 

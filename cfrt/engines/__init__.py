@@ -6,11 +6,11 @@ caller only carries them about and does arithmetic on them (+, - and products wi
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -69,6 +69,22 @@ class Spec:
             "sinks that stay before the window": self.config.sink_position == "window" and self.config.sinks > 0,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Memory:
+    """What an engine remembers where a unit begins, or part of it: on the host, and in numbers that lose nothing."""
+
+    unit: int
+    keys: Mapping[int, np.ndarray]
+    """Keys and values of whole latent frames, each [layers, 2, B, N, H, D], keys turned to their absolute position
+    and the two numbers of a rotary pair side by side, as Wan has them."""
+    decoder: tuple[np.ndarray, ...]
+    """What the decoder keeps of the frames before; empty where the stream begins."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.keys.values(), *self.decoder))
 
 
 class Engine(Protocol):
@@ -139,6 +155,32 @@ class Engine(Protocol):
         unit and the decoder's last state make this free. EngineError further back."""
         ...
 
+    def reseed(self, seed: int) -> None:
+        """All further noise is that of another seed."""
+        ...
+
+    def memory(self, frames: Iterable[int]) -> Memory:
+        """What a journal or another engine needs: those of the latent frames that the ring holds, and the decoder's
+        state at the next unit to be decoded."""
+        ...
+
+    def recall(self, memory: Memory) -> None:
+        """Makes `memory.unit` the next one: puts frames and decoder back, forgets what came later. The ring must then
+        hold all that the unit sees. EngineError where sizes do not fit."""
+        ...
+
+    def host(self, latents: Latents) -> np.ndarray:
+        """Latents as an array that loses nothing, [1, F, C, h, w]."""
+        ...
+
+    def place(self, array: np.ndarray) -> Latents:
+        """The way back."""
+        ...
+
+    def twin(self) -> Self:
+        """An engine for a second stream of the same spec, as if newly prepared, that shares the weights it can."""
+        ...
+
     def snapshot(self) -> Any:
         """The exact state between two units, independent of what the engine does later."""
         ...
@@ -150,6 +192,19 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees the memory. The engine cannot be used afterwards."""
         ...
+
+
+def fit_memory(memory: Memory, keys: tuple[int, ...], decoder: Sequence[tuple[int, ...]] | None = None) -> None:
+    """EngineError unless every frame of `memory` has the shape `keys`, and the decoder's arrays those of `decoder`,
+    where the engine can tell."""
+    got = [array.shape for array in memory.decoder]
+    if decoder is not None and got != list(decoder):
+        raise EngineError(
+            f"expected the state of a decoder of shapes {list(decoder)}, got {got}: it is another model's"
+        )
+    for frame, kv in memory.keys.items():
+        if kv.shape != keys:
+            raise EngineError(f"expected keys and values {keys} of frame {frame}, got {kv.shape}: another model's")
 
 
 # ---------------------------------------------------------------------- choosing

@@ -6,7 +6,7 @@ threads, and whether commits are fused or not. Latents are fp32 arrays in every 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from ..config import ModelConfig
 from ..errors import EngineError, WeightsError
 from ..noise import Purpose
 from ..weights import match, part
-from . import Spec
+from . import Memory, Spec, fit_memory
 
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+HEAD_MULTIPLE = 16
+"""Numbers by which a head is rounded up in memory (csrc/cpu/dit_weights.h)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +58,20 @@ class NativeEngine:
         return None
 
     def prepare(self, spec: Spec) -> None:
-        self._config, self._seed = spec.config, spec.seed
         self.precision = self._resolved(spec.precision)
-        dit, autoencoder = part(spec.weights, "dit"), part(spec.weights, "autoencoder")
+        dit = part(spec.weights, "dit")
         match(shapes.dit(spec.config), dit)
-        match(shapes.autoencoder(spec.config.autoencoder), autoencoder)
         with _as_engine_errors():
             threads = kernels.Threads(spec.threads or physical_cores())
             self._dit = engine.Dit(_dit_config(spec.config), _Finite(dit), self.precision, threads)
+        self._start(spec, threads)
+
+    def _start(self, spec: Spec, threads: kernels.Threads) -> None:
+        """The beginning of a stream; the network is there already."""
+        self._spec, self._config, self._seed = spec, spec.config, spec.seed
+        autoencoder = part(spec.weights, "autoencoder")
+        match(shapes.autoencoder(spec.config.autoencoder), autoencoder)
+        with _as_engine_errors():
             self._autoencoder = kernels.Autoencoder(
                 dict(_Finite(autoencoder)),
                 channels=spec.config.latent_channels,
@@ -76,6 +84,15 @@ class NativeEngine:
         self._decoded = 0  # units decoded: the next one's number
         self._previous: np.ndarray | None = None
         self._before: tuple[int, np.ndarray | None] = (0, None)
+
+    def twin(self) -> "NativeEngine":
+        """The network's packed weights are in memory once; those of the decoder, a tenth of them, twice."""
+        twin = NativeEngine()
+        twin.precision = self.precision
+        threads = kernels.Threads(self._spec.threads or physical_cores())
+        twin._dit = self._dit.twin(threads)
+        twin._start(self._spec, threads)
+        return twin
 
     @staticmethod
     def _resolved(precision: str) -> Precision:
@@ -126,6 +143,36 @@ class NativeEngine:
         if unit * self._config.unit < self._dit.next_frame:
             with _as_engine_errors():
                 self._dit.rewind(unit)
+
+    def reseed(self, seed: int) -> None:
+        self._seed = seed
+
+    def memory(self, frames: Iterable[int]) -> Memory:
+        """Heads are filled up with zeros in memory, which stay here."""
+        dim = self._config.head_dim
+        read = ((frame, self._dit.read(frame)) for frame in frames)
+        keys = {frame: kv[:, :, None, ..., :dim].copy() for frame, kv in read if kv is not None}
+        decoder = () if self._previous is None else (self._previous[None],)
+        return Memory(unit=self._decoded, keys=keys, decoder=decoder)
+
+    def recall(self, memory: Memory) -> None:
+        config = self._config
+        shape = (config.depth, 2, 1, config.frame_tokens, config.heads, config.head_dim)
+        fit_memory(memory, shape, [] if memory.unit == 0 else [(1, config.latent_channels, *config.latent_grid)])
+        padding = [*[(0, 0)] * 4, (0, -config.head_dim % HEAD_MULTIPLE)]
+        for frame, kv in sorted(memory.keys.items()):
+            with _as_engine_errors():
+                self._dit.write(frame, np.pad(kv[:, :, 0].astype(np.float32), padding))
+        previous = memory.decoder[0][0].astype(np.float32) if memory.decoder else None
+        self._decoded, self._previous = memory.unit, previous
+        self._before = (memory.unit, previous)
+        self.rewind(memory.unit)
+
+    def host(self, latents: np.ndarray) -> np.ndarray:
+        return latents
+
+    def place(self, array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array, dtype=np.float32)
 
     def snapshot(self) -> NativeSnapshot:
         return NativeSnapshot(ring=self._dit.state(), decoded=self._decoded, previous=self._previous)

@@ -4,9 +4,11 @@ Bytes are the same for the same seed, device, precision and number of threads. `
 process-wide number; without it that is left alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from .. import noise
 from ..errors import EngineError
 from ..flow import TIME_SCALE, guide, x0_from_v
 from ..nn.attention import cuda_refusal
+from ..nn.autoencoder import Autoencoder
 from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
 from ..nn.reference_noise import ReferenceNoise
@@ -24,7 +27,7 @@ from ..nn.ring import RingCache
 from ..nn.taehv import TAEHV
 from ..nn.tiles import Tiling
 from ..weights import part
-from . import Spec
+from . import Memory, Spec, fit_memory
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -79,15 +82,21 @@ class TorchEngine:
     def prepare(self, spec: Spec) -> None:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
-        self._config, self._seed = spec.config, spec.seed
+        self._spec, self._config = replace(spec, weights={}), spec.config
         self.precision = "fp32" if spec.precision == "auto" else spec.precision
         self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)
-        self._ring = RingCache(spec.config, 1 if self._null is None else 2, self._dtype, self._device)
         self._attention = "cuda" if cuda_refusal(self._device, self._dtype, spec.config.head_dim) is None else "sdpa"
-        self._reference = self._reference_noise(spec) if spec.config.reference_compat else None
+        self._start()
+
+    def _start(self) -> None:
+        """The beginning of a stream; the weights are there already."""
+        config, spec = self._config, self._spec
+        self._seed = spec.seed
+        self._ring = RingCache(config, 1 if self._null is None else 2, self._dtype, self._device)
+        self._reference = self._reference_noise(spec) if config.reference_compat else None
         self._text: TextKV | None = None
         self._read: list[tuple[np.ndarray, TextKV]] = []  # rows and what was made of them, of the last joint pass
         self._decoded = 0  # units decoded: the next one's number
@@ -100,8 +109,9 @@ class TorchEngine:
         self._autoencoder = decoder = self._placed(codec(config, part(spec.weights, "autoencoder")))
         if spec.decoder is not None:
             decoder = self._placed(tiny_decoder(config, part(spec.weights, spec.decoder)))
-        tiles = None if spec.tile is None else Tiling(side=spec.tile, overlap=spec.tile // 4)
-        self._decode = decoder.decode if tiles is None else partial(tiles.decode, decoder.decode)
+        self._tiles = None if spec.tile is None else Tiling(side=spec.tile, overlap=spec.tile // 4)
+        self._decode = decoder.decode if self._tiles is None else partial(self._tiles.decode, decoder.decode)
+        self._one_state: Callable[[list[Tensor]], Any] = itemgetter(0) if isinstance(decoder, Autoencoder) else tuple
         self._at_once = spec.config.unit if config.kind == "tiny" else 1  # latent frames: Wan's are large
         self._made_by = (spec.decoder or config.kind, spec.tile)
 
@@ -190,6 +200,58 @@ class TorchEngine:
         if unit * self._config.unit < self._ring.next_frame:
             self._ring.rewind(unit)
 
+    def reseed(self, seed: int) -> None:
+        if self._reference is not None:
+            raise EngineError("reference_compat draws its noise in one order from one seed; leave it out to reseed")
+        self._seed = seed
+
+    @torch.no_grad()
+    def memory(self, frames: Iterable[int]) -> Memory:
+        held = set(self._ring.held())
+        keys = {frame: _host(torch.stack(self._ring.frame(frame))) for frame in frames if frame in held}
+        return Memory(unit=self._decoded, keys=keys, decoder=tuple(_host(part) for part in _leaves(self._state)))
+
+    @torch.no_grad()
+    def recall(self, memory: Memory) -> None:
+        config, batch = self._config, 1 if self._null is None else 2
+        shape = (config.depth, 2, batch, config.frame_tokens, config.heads, config.head_dim)
+        fit_memory(memory, shape)
+        state = self._state_of([self._to_device(array) for array in memory.decoder])
+        for frame, kv in sorted(memory.keys.items()):
+            for layer, (k, v) in enumerate(self._to_device(kv)):
+                self._ring.write(layer, frame, k, v)
+            self._ring.hold(frame)
+        self._decoded, self._state = memory.unit, state
+        self._state_before = (memory.unit, state)
+        self.rewind(memory.unit)
+
+    def _state_of(self, parts: list[Tensor]) -> Any:
+        """The decoder's state from its tensors in order (`_leaves`)."""
+        if not parts:
+            return None
+        if self._tiles is None:
+            return self._one_state(parts)
+        count = self._tiles.count(*self._config.latent_grid)
+        if len(parts) % count:
+            raise EngineError(
+                f"expected the states of {count} tiles, got {len(parts)} tensors: decode in the same tiles"
+            )
+        each = len(parts) // count
+        return tuple(self._one_state(parts[i : i + each]) for i in range(0, len(parts), each))
+
+    def host(self, latents: Tensor) -> np.ndarray:
+        return _host(latents)
+
+    def place(self, array: np.ndarray) -> Tensor:
+        wide = torch.promote_types(self._dtype, torch.float32)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, wide)
+
+    def twin(self) -> "TorchEngine":
+        """Shares every weight."""
+        twin = copy(self)
+        twin._start()
+        return twin
+
     def snapshot(self) -> TorchSnapshot:
         return TorchSnapshot(ring=self._ring.state(), decoder=self._state, decoded=self._decoded, made_by=self._made_by)
 
@@ -245,6 +307,19 @@ class TorchEngine:
 
     def _placed(self, module: Module) -> Module:
         return module.to(self._device, self._dtype).eval().requires_grad_(False)
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    """The tensors of a decoder's state, in order: one, a tuple, or a tuple of these for tiles."""
+    if state is None:
+        return []
+    return [state] if isinstance(state, Tensor) else [leaf for part in state for leaf in _leaves(part)]
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    """A copy in numpy, which has no bf16."""
+    plain = tensor.detach().to("cpu", torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype, copy=True)
+    return plain.numpy()
 
 
 def _levels(video: Tensor) -> Tensor:

@@ -119,8 +119,7 @@ class RingCache:
         """What lies in the unit's slots is its clean past from now on."""
         own = self._own(unit)
         for frame in own:
-            self.frames[self.geometry.slot(frame)] = frame
-        self.next_frame = max(self.next_frame, own[-1] + 1)
+            self.hold(frame)
 
     def ranges(self, unit: int) -> list[Span]:
         """The spans of tokens that an in-place pass over `unit` reads: its visible frames, as far as they are held."""
@@ -143,9 +142,15 @@ class RingCache:
         spans = self._spans([frame])
         return _copy(self.k[layer], spans), _copy(self.v[layer], spans)
 
+    def frame(self, frame: int) -> list[Tensor]:
+        """A copy of one held frame in every layer, k above v, [2, B, N, H, D] each. EngineError as for `read`."""
+        return [torch.stack(self.read(layer, frame)) for layer in range(len(self.k))]
+
     def hold(self, frame: int) -> None:
-        """Declares that every layer's slot of `frame` has been written with its clean keys and values."""
+        """Declares that every layer's slot of `frame` has been written with its clean keys and values, as a commit
+        does."""
         self.frames[self.geometry.slot(frame)] = frame
+        self.next_frame = max(self.next_frame, frame + 1)
 
     def held(self) -> list[int]:
         """The clean frames in the ring, in order."""

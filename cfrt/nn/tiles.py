@@ -35,6 +35,10 @@ class Tiling:
         starts = range(0, max(1, size - self.overlap), self.side - self.overlap)
         return [(start, min(start + self.side, size)) for start in starts]
 
+    def count(self, height: int, width: int) -> int:
+        """Tiles of a grid of latent cells."""
+        return len(self.spans(height)) * len(self.spans(width))
+
     def decode(self, decode: Decode, latents: Tensor, states: Any = None) -> tuple[Tensor, Any]:
         """What `decode` gives, tile by tile; `states` is a tuple, one state for every tile, or None at the start."""
         rows, columns = self.spans(latents.shape[3]), self.spans(latents.shape[4])

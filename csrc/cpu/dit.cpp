@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "../check.h"
 #include "attention.h"
@@ -36,9 +37,16 @@ std::vector<KeyValueStore> text_stores(const DitConfig& c, const DitWeights& wei
 // memory
 
 Dit::Dit(const DitConfig& config, const Kernels& kernels, Precision precision, Threads& threads, const ReadTensor& read)
+    : Dit(config, {kernels, threads},
+          std::make_shared<const DitWeights>(load_dit(config, precision, {kernels, threads}, read))) {}
+
+Dit::Dit(const Dit& other, Threads& threads) : Dit(other.config_, {other.machine_.kernels, threads}, other.shared_) {}
+
+Dit::Dit(const DitConfig& config, const Machine& machine, std::shared_ptr<const DitWeights> weights)
     : config_(config),
-      machine_{kernels, threads},
-      weights_(load_dit(config, precision, machine_, read)),
+      machine_(machine),
+      shared_(std::move(weights)),
+      weights_(*shared_),
       ring_(ring_shape(config, weights_)),
       text_(text_stores(config, weights_)),
       arena_([this](Arena& arena) { lay_out(arena); }) {
@@ -95,6 +103,17 @@ std::size_t Dit::scratch_bytes() const {
         return attention_scratch(machine_.kernels, call, machine_.threads.count());
     };
     return std::max(bytes(ring_.layer(0), unit_rows()), bytes(text_[0].view(), kUnits * unit_rows()));
+}
+
+void Dit::read(std::int64_t frame, float* kv) const {
+    for (std::int64_t layer = 0; layer < config_.depth; ++layer, kv += 2 * side_numbers())
+        ring_.read(layer, frame, kv, kv + side_numbers());
+}
+
+void Dit::write(std::int64_t frame, const float* kv) {
+    for (std::int64_t layer = 0; layer < config_.depth; ++layer, kv += 2 * side_numbers())
+        ring_.write(machine_.kernels, layer, frame, kv, kv + side_numbers());
+    ring_.hold(frame);
 }
 
 // --------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "dit_weights.h"
@@ -23,11 +24,19 @@ class Dit {
   public:
     // `threads` is used by one pass at a time, and must outlive the object.
     Dit(const DitConfig& config, const Kernels& kernels, Precision precision, Threads& threads, const ReadTensor& read);
+    // Another stream with the weights of this one, which has heard and seen nothing yet.
+    Dit(const Dit& other, Threads& threads);
 
     const DitConfig& config() const { return config_; }
     Ring& ring() { return ring_; }
     // Of weights, ring, text and arena.
     std::size_t bytes() const;
+
+    // The keys and values of one held frame, fp32 [layers][2][N][heads][head padded]: exact, and so is putting them
+    // back, after which they count as committed.
+    void read(std::int64_t frame, float* kv) const;
+    void write(std::int64_t frame, const float* kv);
+    std::int64_t frame_numbers() const { return 2 * config_.depth * side_numbers(); }
 
     // rows [text_rows][text_width], which every later pass reads.
     void set_text(const float* rows);
@@ -76,6 +85,9 @@ class Dit {
         std::byte* scratch;  // of the attention
     };
 
+    Dit(const DitConfig& config, const Machine& machine, std::shared_ptr<const DitWeights> weights);
+    std::int64_t side_numbers() const { return config_.frame_tokens() * weights_.heads.width(); }
+
     void lay_out(Arena& arena);
     std::size_t scratch_bytes() const;
 
@@ -109,7 +121,8 @@ class Dit {
 
     DitConfig config_;
     Machine machine_;
-    DitWeights weights_;
+    std::shared_ptr<const DitWeights> shared_;
+    const DitWeights& weights_;
     Ring ring_;
     std::vector<KeyValueStore> text_;  // of each layer
     bool heard_ = false;

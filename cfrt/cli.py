@@ -77,6 +77,8 @@ class Generate:
     """Decode tiles of so many latent cells a side, for less memory. Default: whole frames."""
     model: str = "tiny"
     """An embedded model (see `cfrt models`) or the folder of one."""
+    schedule: Literal["sequential", "rolling"] | None = None
+    """rolling denoises several units together, for models that were trained so. Default: the model's own."""
     reference_compat: bool = False
     """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
     engine: str = "auto"
@@ -165,6 +167,7 @@ class Generate:
             guidance=self.guidance,
             negative=self.negative,
             decoder=self.decoder,
+            schedule=self.schedule,
             reference_compat=self.reference_compat,
             tile=self.tile,
             trace=trace,

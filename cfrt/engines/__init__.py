@@ -68,6 +68,8 @@ class Spec:
             "another decoder": self.decoder is not None,
             "tiles": self.tile is not None,
             "reference noise": self.config.reference_compat,
+            "a rolling schedule": self.config.schedule == "rolling",
+            "sinks that stay before the window": self.config.sink_position == "window" and self.config.sinks > 0,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 
@@ -125,6 +127,14 @@ class Engine(Protocol):
     def denoise(self, latents: Latents, t: float, unit: int, commit: Latents | None = None) -> Latents:
         """The estimate of x0 from latents at time t = 1000 s. `commit`: the previous unit's clean latents, remembered
         in the same pass, under the same text; EngineError where the engine cannot."""
+        ...
+
+    def denoise_jointly(
+        self, latents: Sequence[Latents], times: Sequence[float], unit: int, texts: Sequence[np.ndarray]
+    ) -> Sequence[Latents]:
+        """`denoise` of consecutive units from `unit` on in one pass, each at its own time and reading its own rows.
+        They see each other whole, and what the last of them sees of the past; the ring stays as it is. Only asked of
+        engines that have the feature "a rolling schedule"."""
         ...
 
     def commit(self, latents: Latents, unit: int) -> None:

@@ -263,6 +263,20 @@ def cuda_build() -> dict[str, Any] | None:
     return None if built is None else {**built, "driver": cuda.least_driver()}
 
 
+def gpu_attention() -> dict[str, str | None]:
+    """Why each attention that the torch engine may ask for on GPU 0 in bf16 would not run, or None, in its order."""
+    refusals: dict[str, str | None] = {"cuda": "the native core is not installed", "flash": None, "sdpa": None}
+    if find_spec("_cfrt") is not None:
+        from _cfrt import cuda
+
+        refusals["cuda"] = cuda.refusal(0)
+    if find_spec("flash_attn") is None:
+        refusals["flash"] = "flash-attn is not installed: pip install 'cfrt[flash]'"
+    if find_spec("torch") is None:
+        refusals["sdpa"] = "torch is not installed: pip install 'cfrt[torch]'"
+    return refusals
+
+
 def choose(name: str, spec: Spec) -> tuple[type[Engine], dict[str, str]]:
     """The engine of that name, or for "auto" the first one that can run `spec` (CFRT_ENGINE overrides "auto").
 

@@ -275,6 +275,51 @@ def test_control_from_another_thread(pace: str | float, seed: int, open_stream: 
     np.testing.assert_array_equal(pixels(frames), expected[: len(frames)])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_control_of_a_live_stream(seed: int, open_stream: Callable[..., cfrt.Stream]) -> None:
+    """One that drops what its viewer misses: what is seen is in order, and the score, played without interruption."""
+    draw, which = random.Random(seed), seed % len(CONFIGS)
+    stream = open_stream(config=which, fps=draw.choice([200.0, 1000.0]), keep="latest")
+    score, config, frames = Score(oracle(which).rows_of, 7), stream.config, stream.frames()
+    seen: dict[int, cfrt.Frame] = {}
+
+    def watch() -> None:
+        frame = next(frames)
+        assert frame.index > max(seen, default=-1)
+        seen[frame.index] = frame
+
+    for _ in range(40):
+        match draw.choice(["watch", "watch", "prompt", "reseed", "pause", "resume", "rewind"]):
+            case "watch" if not stream.paused:
+                for _ in range(draw.randrange(1, 6)):
+                    watch()
+            case "prompt":
+                text, blend, recache = draw.choice(TEXTS), draw.randrange(3), draw.random() < 0.3
+                change = stream.prompt(text, blend_units=blend, recache=recache, flush=draw.random() < 0.7)
+                score.prompt(change.unit, text, blend, recache)
+            case "reseed":
+                new = draw.randrange(4)
+                score.reseed(stream.reseed(new).unit, new)
+            case "pause":
+                stream.pause()
+                if draw.random() < 0.3:
+                    stream.step()
+                    watch()
+            case "resume":
+                stream.resume()
+                time.sleep(0.02 * draw.random())
+            case "rewind" if stream.reach:
+                unit = stream.rewind(draw.randrange(1, min(6, stream.reach + 1)))
+                seen = {index: frame for index, frame in seen.items() if index < config.first_frame(unit)}
+    stream.resume()
+    for _ in range(5):
+        watch()
+    expected = oracle(which).play(score, config.unit_at(max(seen)) + 1)
+    for index, frame in seen.items():
+        assert frame.prompt == score.text(frame.unit)
+        np.testing.assert_array_equal(frame.pixels, expected[index])
+
+
 # ---------------------------------------------------------------------- rewind and its journal
 
 

@@ -172,7 +172,7 @@ class Session:
         with self._lock:
             self._check_alive()
             if wish.prompt is not None:
-                self._check_prompt(wish.prompt)
+                self.limits.check_prompt(wish.prompt)
             change = None
             if wish.restart:
                 self._restart(wish.prompt or self.prompt, self.seed if wish.seed is None else wish.seed)
@@ -228,15 +228,6 @@ class Session:
 
     def _reads(self, prompt: str) -> None:
         self._asked, self._notes = prompt, self._stream.read(prompt).notes
-
-    def _check_prompt(self, prompt: str) -> None:
-        if len(prompt) > self.limits.prompt:
-            raise Refusal(
-                422,
-                expected=f"a prompt of at most {self.limits.prompt} characters",
-                got=f"{len(prompt)} characters",
-                do="shorten it",
-            )
 
     def _check_alive(self) -> None:
         self.touched = monotonic()

@@ -25,6 +25,7 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from prometheus_client.parser import text_string_to_metric_families
 from serve_fixture import OTHER, PROMPT, Served, process, running, tool
 
+from cfrt.errors import EngineError
 from cfrt.picture import png
 from cfrt.serve import formats, rtc
 from cfrt.serve.client import Client, ServerError
@@ -523,6 +524,22 @@ def test_a_failure_of_our_own_shows_no_traceback(served: Served, name: str, monk
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "the server's log" in answer.json()["error"]["do"]
+
+
+def test_a_stream_that_fails_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise EngineError("the device is gone; plug it in")
+
+    monkeypatch.setattr("cfrt.serve.session.Shot", broken)
+    name = served.new()
+    eventually(lambda: served.state(name)["error"] == "the device is gone; plug it in")
+    with served.live(name) as socket:
+        assert json.loads(socket.recv(timeout=10))["error"] == "the device is gone; plug it in"
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            socket.recv(timeout=10)
+    refused = served.http.patch(f"/streams/{name}", json={"paused": True})
+    assert refused.status_code == 410
+    assert "the device is gone" in refused.json()["error"]["got"]
 
 
 def test_the_command_serves_and_ends() -> None:

@@ -146,6 +146,7 @@ class Session:
             "viewers": len(self.broadcast.viewers),
             "recording": None if self.recorder is None else self.recorder.state(),
             "notes": self.notes,
+            "error": self.error,
             "stats": self.stats(),
         }
 
@@ -248,11 +249,9 @@ class Session:
                     _ = shot.jpeg
                 self._loop.call_soon_threadsafe(self._arrived, stream, shot, begin)
                 self._wait_for_viewers(stream)
-        except RuntimeError as error:
-            if not self._loop.is_closed():  # the server has ended before the stream
-                self._failed(stream, error)
         except Exception as error:
-            self._failed(stream, error)
+            if not self._loop.is_closed():  # the server has not ended before the stream
+                self._failed(stream, error)
 
     def _wait_for_viewers(self, stream: Stream) -> None:
         with self._wake:

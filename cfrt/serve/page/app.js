@@ -69,6 +69,7 @@ function adopt(id) {
 
 /** A stream that the server no longer has: the same prompt and seed once more, in its place. */
 async function replace(view) {
+  if (view.state?.error && view.firstFrame === null) return toast(view.state.error, true); // it would fail again
   const { prompt, seed } = view.state ?? { prompt: card.presets[0], seed: 0 };
   drop(view, false);
   await fresh(prompt, seed);

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
@@ -187,6 +188,19 @@ def test_a_jpeg_keeps_the_edges_of_colours() -> None:
     pixels[8:21, 8:21] = (230, 30, 20)
     worst = np.abs(formats.read_jpeg(formats.jpeg(pixels)).astype(int) - pixels).max()
     assert worst < 24  # with half the chroma it is about 100
+
+
+def test_a_viewer_may_leave_while_his_frame_is_encoded() -> None:
+    """FFmpeg's objects are not for two threads at once; without the lock this ends the process."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for _ in range(5):
+        film = formats.Fragments(16, 8)
+        film.add(pixels, 0)
+        with ThreadPoolExecutor(1) as pool:
+            pieces = [pool.submit(film.add, pixels, tick) for tick in range(1, 6)]
+            pieces[0].result()
+            film.finish()
+        assert pieces[-1].result() == b""
 
 
 def test_a_recording_is_what_was_shown(served: Served, name: str) -> None:

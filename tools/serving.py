@@ -5,6 +5,7 @@ Nothing between the markers is written by hand."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def viewers(kept: Row) -> str:
             f"{last['overhead_p50_ms']:.2f} / {last['overhead_p99_ms']:.2f}",
             f"{last['cores']:.2f}",
             f"{last['least frames per second']:.1f}",
-            f"{kept['viewers per core'][kind]:.0f}",
+            f"{round_to_two(kept['viewers per core'][kind])}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     note = (
@@ -54,9 +55,17 @@ def viewers(kept: Row) -> str:
     return "\n".join((*lines, "", note))
 
 
+def round_to_two(value: float) -> int:
+    """Two digits: the kernel counts processor time in hundredths of a second."""
+    return int(round(value, 1 - math.floor(math.log10(value))))
+
+
 def browser(kept: Row) -> str:
     ways = list(kept["browser"])
-    lines = [f"| in headless Chromium, p50 / p95 (ms) | {' | '.join(ways)} |", "| --- | " + "---: | " * len(ways)]
+    lines = [
+        f"| in headless Chromium, p50 / p95 (ms) | {' | '.join(ways)} |",
+        "| --- | " + " | ".join(["---:"] * len(ways)) + " |",
+    ]
     for what in kept["browser"][ways[0]]:
         cells = (f"{kept['browser'][way][what]['p50']:.0f} / {kept['browser'][way][what]['p95']:.0f}" for way in ways)
         lines.append(f"| {what} | {' | '.join(cells)} |")

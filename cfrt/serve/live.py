@@ -46,7 +46,8 @@ class Live:
 
     def __init__(self, socket: WebSocket, sessions: Registry, steering: Meter, making: Meter) -> None:
         self._socket, self._sessions, self._steering, self._making = socket, sessions, steering, making
-        self._viewer = Viewer("websocket", shows=False)
+        at_once = socket.query_params.get("video") == "jpeg"
+        self._viewer = Viewer("websocket", shows=at_once, jpeg=at_once)
         self._sending = asyncio.Lock()
         self._unit, self._prompt, self._told = -1, "", 0.0
 

@@ -153,6 +153,13 @@ def test_restart_begins_again_with_the_same_pictures(client: Client) -> None:
         frames.close()
 
 
+def test_words_that_the_model_does_not_know_are_told(served: Served) -> None:
+    name = served.new("a red sqare")
+    assert served.state(name)["notes"] == ["the model does not know 'sqare' (did you mean 'square'?)"]
+    assert served.patch(name, prompt=OTHER)["notes"] == []
+    served.http.delete(f"/streams/{name}")
+
+
 def test_a_stream_from_a_picture(client: Client) -> None:
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     picture[:, :, 1] = 180

@@ -39,18 +39,24 @@ def resident(pid: int) -> int:
     return 1024 * own + sum(resident(int(child)) for child in children)
 
 
+def seen(line: str) -> str:
+    """A line as it stands in the end: progress bars write over themselves, with blanks at last."""
+    kept = [part for part in line.split("\r") if part.strip()]
+    return kept[-1].rstrip() if kept else ""
+
+
 def export(arguments: list[str], out: Path) -> dict[str, Any]:
     """The measurements, the log and the manifest of one export."""
     command = [sys.executable, "-m", "export.trt", *arguments, "--out", str(out)]
     begin, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
             time.sleep(EVERY)
         seconds = time.perf_counter() - begin
         log.seek(0)
-        said = [line.rpartition("\r")[2].rstrip() for line in log.read().split("\n")]
+        said = [seen(line) for line in log.read().decode().split("\n")]
     if process.returncode:
         raise SystemExit("\n".join(said))
     manifest = json.loads((out / MANIFEST).read_text())

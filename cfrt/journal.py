@@ -14,6 +14,7 @@ smaller still, but keys and values depend on those of the unit before, back to t
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class Entry:
     """Frames that the unit overwrites, and the decoder's state."""
     past: tuple[tuple[int, Latents], ...]
     """The latents of the window, for a recache; each is shared by the entries that hold it."""
+    begun: Any = None
+    """What the schedule had begun; shared with the next entries likewise, and small."""
 
     @property
     def unit(self) -> int:

@@ -28,7 +28,7 @@ from .arguments import beat, changed, continuation, count, reader
 from .bundle import Bundle, is_bundle
 from .clip import Clip, panel
 from .engines import Engine, Spec, choose
-from .errors import CfrtError, EngineError
+from .errors import CfrtError, EngineError, SnapshotError
 from .frame import Frame
 from .journal import Journal, evicted_bytes
 from .maker import Maker
@@ -74,6 +74,7 @@ class Stream:
         own (teachers have both, students need neither). More than 1 doubles the work and the ring.
     decoder: "taehv" for the small decoder of Wan's latents, where the model's folder has it; None the model's own.
     tile: latent cells along the side of the tiles that are decoded at once, for less memory and blended seams.
+    schedule: "sequential" or "rolling" (`ModelConfig.schedule`); None the model's own.
     reference_compat: as the released inference code does it (`ModelConfig.reference_compat`).
     journal_bytes: host memory for `rewind`, as far as it is needed; 0 for none.
     trace: called around every stage of the work (`cfrt.trace`).
@@ -100,6 +101,7 @@ class Stream:
         negative: str | None = None,
         decoder: str | None = None,
         tile: int | None = None,
+        schedule: Literal["sequential", "rolling"] | None = None,
         reference_compat: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         trace: Hook | None = None,
@@ -112,7 +114,7 @@ class Stream:
             raise ValueError(f"expected journal_bytes >= 0, got {journal_bytes}")
         folder = students.find(model)
         config, weights = load_model(folder)
-        self.config = changed(config, guidance, reference_compat)
+        self.config = changed(config, guidance, schedule, reference_compat)
         self._text = encoder(self.config, weights, folder) if text is None else reader(self.config, text)
         self._prompt, rows = prompt, self._encode(prompt).rows
         self._fps, self._live, self._trace = beat(self.config, fps, keep), keep == "latest", trace
@@ -277,6 +279,10 @@ class Stream:
         and values as fp32 by frame, for any engine and for a file (`Snapshot.save`). A portable one is as exact where
         the engine keeps no more than fp32."""
         self._refuse_compat("take snapshots")
+        if portable and self.config.schedule == "rolling":
+            raise SnapshotError(
+                "a rolling schedule has units half made, which only an exact snapshot holds: snapshot()"
+            )
         state = self._worker.save(portable=portable)
         return Snapshot(self._origin, in_fp32(state) if portable else state)
 

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from onnx import ModelProto
 
-from cfrt import shapes
 from cfrt.bundle import Segment
-from cfrt.config import ModelConfig
 from cfrt.text import TABLE
 
 from . import pixels, transformer
 from .graph import rounded
 from .segments import activations
-from .sources import Source, Tensors
+from .sources import Source, Tensors, shapes_of
 
 PIXELS = ("decoder", "decoder_start", "encoder")
+ENCODING, DECODING = ("encoder.", "conv1."), ("decoder.", "conv2.")
+"""How the names of an autoencoder's tensors begin that only one way needs."""
 
 
 def build(segment: Segment, source: Source, precision: str) -> ModelProto:
@@ -70,7 +70,15 @@ def norms(source: Source, precision: str) -> dict[str, np.ndarray]:
     }
 
 
-def numbers(segment: Segment, config: ModelConfig) -> int:
-    """Of the transformer that a segment holds."""
-    known = shapes.dit(config)
-    return sum(int(np.prod(known[name])) for name in transformer.reads(segment, config))
+def numbers(segment: Segment, source: Source) -> int:
+    """How many a segment's graph holds."""
+    known = shapes_of(source.dit)
+    names = transformer.reads(segment, source.config) if segment.name not in PIXELS else []
+    if segment.name == "encoder":
+        assert source.encodes is not None
+        known = shapes_of(source.encodes)
+        names = [name for name in known if not name.startswith(DECODING)]
+    elif segment.name in PIXELS:
+        known = shapes_of(source.decodes)
+        names = [name for name in known if not name.startswith(ENCODING)]
+    return sum(int(np.prod(known[name])) for name in names)

@@ -6,7 +6,7 @@ that would be built.
 """
 
 import json
-import signal
+import os
 import subprocess
 import sys
 import tempfile
@@ -95,9 +95,9 @@ class Builder:
         ExportError with the first real complaint, which names the layer where TensorRT does; there is no `out` then."""
         graph_rules.check(graph_rules.load(onnx), onnx.stem)
         if self._child is None:
-            self._child = _Child(self.backend.module)
+            self._child = _Child(self.backend.module, self.targets)
         try:
-            answer = self._child.ask({"onnx": str(onnx), "out": str(out), "targets": self.targets})
+            answer = self._child.build(onnx, out)
         except _ChildDiedError as died:
             self.close()
             raise ExportError(f"the engine of {onnx.stem!r} cannot be built: {died}") from died
@@ -128,20 +128,32 @@ class _ChildDiedError(Exception):
 
 
 class _Child:
-    """A worker and the two pipes to it."""
+    """A worker in a folder of its own, and the two pipes to it."""
 
-    def __init__(self, module: str) -> None:
-        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        command = [sys.executable, "-m", builder_worker.__name__, module]
+    def __init__(self, module: str, targets: Sequence[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="cfrt-")
+        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words, text=True, bufsize=1
+            [sys.executable, "-m", builder_worker.__name__, module, *targets],
+            cwd=self._folder.name,
+            env=os.environ
+            | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "0"},  # the order of addresses, again
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._words,
+            text=True,
+            bufsize=1,
         )
-        self._read()  # its version, once it is ready
 
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
+        """The worker sees the same names for every job; links say what they stand for."""
         assert self._process.stdin is not None
+        for name, path in ((builder_worker.GRAPH, onnx), (builder_worker.ENGINE, out)):
+            link = Path(self._folder.name, name)
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.absolute())
         with suppress(BrokenPipeError):  # reading will say how it ended
-            print(json.dumps(job), file=self._process.stdin)
+            print(file=self._process.stdin)
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -155,13 +167,15 @@ class _Child:
     def _last_words(self, code: int) -> str:
         self._words.seek(0)
         words = self._words.read().decode(errors="replace").strip().splitlines()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"the building process ended by {how}; its last words: {words[-1] if words else 'none'}"
+        how = builder_worker.ending(code)
+        return f"the process that builds ended by {how}; its last words: {words[-1] if words else 'none'}"
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # what was not sent
+                pipe.close()
         self._process.kill()
         self._process.wait()
         self._words.close()
+        self._folder.cleanup()

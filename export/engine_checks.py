@@ -9,7 +9,7 @@ that is for the graph's verification, which comes first, and for a GPU.
 from collections.abc import Iterator, Sequence
 from math import prod
 
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from cfrt.bundle import OUT, Port, Segment
 from cfrt.errors import ExportError
@@ -49,7 +49,7 @@ def _differences(
         yield "it cannot be captured in a CUDA graph"
     yield from _fusions(segment, model, report)
     yield from _quantised(model, report)
-    if _is_transformer(segment) and report.device_memory > (most := _scratch(segment, model)):
+    if is_transformer(segment) and report.device_memory > (most := _scratch(segment, model)):
         yield f"expected scratch memory of at most {most / 1e6:.0f} MB, found {report.device_memory / 1e6:.0f} MB"
 
 
@@ -57,13 +57,13 @@ def _ports(prefix: str, ports: Sequence[Port]) -> dict[str, Found]:
     return {prefix + port.name: Found(port.shape, port.dtype) for port in ports}
 
 
-def _is_transformer(segment: Segment) -> bool:
+def is_transformer(segment: Segment) -> bool:
     return not segment.kind.startswith(("decoder", "encoder"))
 
 
 def _fusions(segment: Segment, model: ModelProto, report: Report) -> Iterator[str]:
     """Of the transformer in half precision: no kernel takes attention in fp32, nor the wide heads of a decoder."""
-    if not _is_transformer(segment) or all(port.dtype not in HALF for port in (*segment.inputs, *segment.outputs)):
+    if not is_transformer(segment) or all(port.dtype not in HALF for port in (*segment.inputs, *segment.outputs)):
         return
     for what, kind, found in (
         ("attentions in one kernel each", "Attention", report.attentions),
@@ -75,14 +75,18 @@ def _fusions(segment: Segment, model: ModelProto, report: Report) -> Iterator[st
 
 
 def _quantised(model: ModelProto, report: Report) -> Iterator[str]:
-    """Every product of two dequantised factors must be one of 8-bit numbers."""
+    for node in quantised_products(model):
+        types = report.gemms.get(node.name or f"node_of_{node.output[0]}", ())
+        if len(types) != 2 or types[0] != types[1] or types[0] not in EIGHT_BITS:
+            found = " x ".join(types) or "none of that name"
+            yield f"expected {node.name} to be a product of 8-bit numbers, found {found}"
+
+
+def quantised_products(model: ModelProto) -> list[NodeProto]:
+    """The products of two factors that were quantised: they must be products of 8-bit numbers in an engine."""
     dequantised = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm") and dequantised.issuperset(node.input[:2]):
-            types = report.gemms.get(node.name or f"node_of_{node.output[0]}", ())
-            if len(types) != 2 or types[0] != types[1] or types[0] not in EIGHT_BITS:
-                found = " x ".join(types) or "none of that name"
-                yield f"expected {node.name} to be a product of 8-bit numbers, found {found}"
+    products = (node for node in model.graph.node if node.op_type in ("MatMul", "Gemm"))
+    return [node for node in products if dequantised.issuperset(node.input[:2])]
 
 
 def _scratch(segment: Segment, model: ModelProto) -> int:

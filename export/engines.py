@@ -15,7 +15,7 @@ from cfrt.errors import ExportError
 
 from .builder import Builder, refusal
 from .draft import Draft
-from .engine_checks import check
+from .engine_checks import EIGHT_BITS, check, is_transformer, quantised_products
 from .engine_report import Report, read
 
 FOLDER = "engines"
@@ -47,6 +47,7 @@ class Engines:
 
     def run(self, made: Draft, segments: Sequence[Segment]) -> Mapping[str, Any]:
         """Fields of the manifest. ExportError when an engine cannot be built, or is not what its graph asked for."""
+        self._demand_8_bits(made, segments)
         with Builder(self.backend, targets=self.targets) as builder:
             seconds = self._build(made, segments, builder)
             reports = {segment.name: self._checked(made, segment, builder) for segment in segments}
@@ -64,6 +65,14 @@ class Engines:
             ]
             notes = {"seconds": round(seconds, 1), "peak_bytes": builder.peak_bytes, "rebuilt_identically": again}
         return {"plans": tuple(plans), "notes": {"engines": notes}}
+
+    def _demand_8_bits(self, made: Draft, segments: Sequence[Segment]) -> None:
+        """A bundle that says 8 bits has products of 8 bits: engines are only compared with their graphs."""
+        if self.precision not in EIGHT_BITS:
+            return
+        graphs = (onnx.load(str(made.folder / segment.onnx)) for segment in segments if is_transformer(segment))
+        if not any(quantised_products(graph) for graph in graphs):
+            raise ExportError(f"--precision {self.precision} was asked for, and the graphs hold no product of 8 bits")
 
     def _build(self, made: Draft, segments: Sequence[Segment], builder: Builder) -> float:
         """Seconds of those that were not there yet."""

@@ -6,7 +6,6 @@ the standard operators: an engine builder aborts on others, and ONNX Runtime has
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -42,39 +41,23 @@ Value = str
 """The name of a tensor in a graph."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """What a norm over the last axis needs beside its input."""
-
-    scale: Value
-    shift: Value | None = None
-    eps: float
-
-
 class Graph:
-    """The graph of one segment while it is built. `weights` gives the model's tensors by name, fp32."""
+    """The graph of one segment while it is built. `weights` gives the model's tensors by name, fp32; eps is that of all
+    norms, which are over the last axis."""
 
-    def __init__(self, segment: Segment, weights: Mapping[str, np.ndarray], dtype: str) -> None:
-        self.segment, self.dtype = segment, dtype
+    def __init__(self, segment: Segment, weights: Mapping[str, np.ndarray], dtype: str, eps: float) -> None:
+        self.segment, self.dtype, self.eps = segment, dtype, eps
         self._weights = weights
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
-        self._count = 0
 
     # ------------------------------------------------------------------ nodes
 
-    def op(self, kind: str, *inputs: Value, name: str | None = None, outputs: int = 1, **attributes: Any) -> Value:
-        """A node with one output, whose name it gives."""
-        return self.ops(kind, *inputs, name=name, outputs=outputs, **attributes)[0]
-
-    def ops(
-        self, kind: str, *inputs: Value, name: str | None = None, outputs: int = 1, **attributes: Any
-    ) -> tuple[Value, ...]:
-        self._count += 1
-        name = name or f"{kind.lower()}_{self._count}"
-        values = tuple(f"{name}.{i}" for i in range(outputs)) if outputs > 1 else (name,)
-        self._nodes.append(helper.make_node(kind, list(inputs), list(values), name=name, **attributes))
-        return values
+    def op(self, kind: str, *inputs: Value, name: str | None = None, **attributes: Any) -> Value:
+        """A node with one output, which is called as the node is."""
+        name = name or f"{kind.lower()}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        return name
 
     def weight(self, name: str, *shape: int) -> Value:
         """A tensor of the model, as it is or in another shape."""
@@ -88,8 +71,8 @@ class Graph:
     def constant(self, name: str, array: np.ndarray) -> Value:
         """An array in the graph's format; whole numbers as they are."""
         if name not in self._initializers:
-            floating = np.issubdtype(array.dtype, np.floating)
-            stored = _stored(name, array, self.dtype) if floating else array
+            plain = array.dtype != NUMPY[self.dtype] and np.issubdtype(array.dtype, np.floating)
+            stored = _stored(name, array, self.dtype) if plain else array
             self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(stored), name)
         return name
 
@@ -101,20 +84,22 @@ class Graph:
     def linear(self, x: Value, *layers: str) -> Value:
         """x W^T + b; of several layers side by side."""
         name = layers[0] if len(layers) == 1 else "+".join(layers)
-        weight = np.concatenate([self._weights[f"{layer}.weight"].reshape(-1, self._inner(layer)) for layer in layers])
+        weight = np.concatenate([self._transposed(layer) for layer in layers], axis=1)
         bias = np.concatenate([self._weights[f"{layer}.bias"] for layer in layers])
-        product = self.op("MatMul", x, self.constant(f"{name}.weight", weight.T), name=name)
+        product = self.op("MatMul", x, self.constant(f"{name}.weight", weight), name=name)
         return self.op("Add", product, self.constant(f"{name}.bias", bias))
 
-    def _inner(self, layer: str) -> int:
-        return int(np.prod(self._weights[f"{layer}.weight"].shape[1:]))
+    def _transposed(self, layer: str) -> np.ndarray:
+        """[in, out], in the graph's format: narrowed before it is put beside others, which is most of the work."""
+        name = f"{layer}.weight"
+        weight = self._weights[name]
+        return _stored(name, weight.reshape(len(weight), -1), self.dtype).T
 
-    def layer_norm(self, x: Value, norm: Norm) -> Value:
-        assert norm.shift is not None
-        return self.op("LayerNormalization", x, norm.scale, norm.shift, axis=-1, epsilon=norm.eps)
+    def layer_norm(self, x: Value, scale: Value, shift: Value) -> Value:
+        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=self.eps)
 
-    def rms_norm(self, x: Value, norm: Norm) -> Value:
-        return self.op("RMSNormalization", x, norm.scale, axis=-1, epsilon=norm.eps)
+    def rms_norm(self, x: Value, scale: Value) -> Value:
+        return self.op("RMSNormalization", x, scale, axis=-1, epsilon=self.eps)
 
     def silu(self, x: Value) -> Value:
         return self.op("Mul", x, self.op("Sigmoid", x))

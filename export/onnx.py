@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from cfrt import __version__, memory
 from cfrt.bundle import TENSORS, Manifest, Segment, Verification
-from cfrt.config import ModelConfig
 from cfrt.errors import CfrtError
 
 from . import text_encoder, verify
@@ -75,10 +74,11 @@ class Export:
         with draft(self.out) as made:
             self._graphs(made)
             verification = self._verified(made)
-            text: dict[str, Any] = {}
+            notes, text = {}, None
             if self.text is not None:
-                text["text_encoder"] = self.text.make(made)
-                text["notes"] = {"text_encoder": self.text.check(made.folder)}
+                text = self.text.make(made)
+                notes["text_encoder"] = self.text.check(made.folder)
+            more = dict(extras(made, self.segments))
             fields: dict[str, Any] = {
                 "config": self.source.config,
                 "precision": self.precision,
@@ -86,8 +86,9 @@ class Export:
                 "segments": self.segments,
                 "tools": tools(),
                 "verification": verification,
-                **text,
-                **extras(made, self.segments),
+                "text_encoder": text,
+                **more,
+                "notes": notes | more.get("notes", {}),
             }
             manifest = Manifest(files=made.entries(), **fields)
             made.finish(manifest)
@@ -161,18 +162,8 @@ def plan(options: Checkpoint, precision: str) -> Export:
 
 
 def _size(segment: Segment, source: Source, precision: str) -> int:
-    config = source.config
-    if segment.name == "encoder":
-        return 4 * _numbers(config)
-    weights, _ = memory.decoder(config.autoencoder, config.latent_grid, source.decoder)
-    count = weights if segment.name in PIXELS else numbers(segment, config)
-    return BYTES[activations(precision)] * count
-
-
-def _numbers(config: ModelConfig) -> int:
-    """An encoder is about as large as the decoder beside it."""
-    weights, _ = memory.decoder(config.autoencoder, config.latent_grid, config.autoencoder.kind)
-    return weights
+    dtype = "fp32" if segment.name == "encoder" else activations(precision)
+    return BYTES[dtype] * numbers(segment, source)
 
 
 def tools() -> dict[str, str]:
@@ -211,7 +202,7 @@ def finished(manifest: Manifest, out: Path) -> str:
     return (
         f"{out}: {len(manifest.files)} files, {size / 1e6:.1f} MB\n"
         f"verified {check.level}, {check.units} units, {check.seconds:.1f} s; relative errors: {errors}\n"
-        f"cfrt generate ... --model {out} --engine onnx"
+        f"cfrt generate ... --model {out}{'' if manifest.plans else ' --engine onnx'}"
     )
 
 

@@ -38,6 +38,11 @@ def activations(precision: str) -> str:
     return precision if precision in ("fp32", "fp16") else "bf16"
 
 
+def between(act: str) -> str:
+    """The format of what the host's kernels read and write around an attention: they take bf16, and fp32 on a CPU."""
+    return "bf16" if act == "fp16" else act
+
+
 def layout(config: ModelConfig, precision: str, decoder: str, *, pictures: bool = True) -> tuple[Segment, ...]:
     """Every segment of a model, in the order in which they are made. pictures: with an encoder, where a stream of this
     model can start from a picture."""
@@ -97,7 +102,7 @@ def _tail(config: ModelConfig, precision: str) -> Segment:
 
 
 def _layer_inputs(config: ModelConfig, act: str) -> list[Port]:
-    return [_tokens(config, act, "x"), _tokens(config, act, "attended"), _modulation(config, act)]
+    return [_tokens(config, act, "x"), _tokens(config, between(act), "attended"), _modulation(config, act)]
 
 
 def _tokens(config: ModelConfig, act: str, name: str) -> Port:
@@ -106,7 +111,7 @@ def _tokens(config: ModelConfig, act: str, name: str) -> Port:
 
 def _qkv(config: ModelConfig, act: str) -> Port:
     """Rows of [q | k | v]: one product makes all three, and the kernels read with a stride."""
-    return Port(name="qkv", shape=(config.unit * config.frame_tokens, 3 * config.width), dtype=act)
+    return Port(name="qkv", shape=(config.unit * config.frame_tokens, 3 * config.width), dtype=between(act))
 
 
 def _modulation(config: ModelConfig, act: str) -> Port:

@@ -77,12 +77,12 @@ def find(options: Checkpoint) -> Source:
     if options.weights == RANDOM:
         return _random(config, decoder)
     dit, own, origin = _transformer(options, config, folder)
-    match_shapes(shapes.dit(config), _shapes(dit))
+    match_shapes(shapes.dit(config), shapes_of(dit))
     encodes = _beside(own, "autoencoder", options.vae, AUTOENCODER)
-    decodes = _beside(own, "taehv", options.taehv, TAEHV) if decoder == "taehv" else encodes
+    small = decoder != config.autoencoder.kind
+    decodes = _beside(own, "taehv", options.taehv, TAEHV) if small else encodes
     if decodes is None:
-        file = TAEHV if decoder == "taehv" else AUTOENCODER
-        flag = "--taehv" if decoder == "taehv" else "--vae"
+        file, flag = (TAEHV, "--taehv") if small else (AUTOENCODER, "--vae")
         raise WeightsError(f"the decoder is not here; name its weights with {flag}, or:\n{hub.instructions([file])}")
     table = own.get(TABLE) if config.text.kind == "table" else None
     if config.text.kind == "table" and table is None:
@@ -163,8 +163,9 @@ def _beside(own: Tensors, prefix: str, named: Path | None, file: File) -> Tensor
     return Lazy({name: tuple(x.shape) for name, x in tensors.items()}, lambda name: tensors[name].float().numpy())
 
 
-def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    known = getattr(tensors, "shapes", None)
+def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Without reading them, where that is known."""
+    known: dict[str, tuple[int, ...]] | None = getattr(tensors, "shapes", None)
     return known if known is not None else {name: tuple(x.shape) for name, x in tensors.items()}
 
 

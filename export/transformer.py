@@ -14,8 +14,8 @@ from onnx import ModelProto
 from cfrt.bundle import Segment
 from cfrt.config import ModelConfig
 
-from .graph import Graph, Norm, Value
-from .segments import activations
+from .graph import Graph, Value
+from .segments import activations, between
 
 SHIFT, SCALE, GATE = range(3)
 """Rows of a modulation: three for self-attention, three for the feed-forward."""
@@ -23,7 +23,7 @@ SHIFT, SCALE, GATE = range(3)
 
 def build(segment: Segment, config: ModelConfig, weights: Mapping[str, np.ndarray], precision: str) -> ModelProto:
     """The graph of one segment. `weights`: the DiT's tensors by Wan's names; only those of this segment are asked."""
-    graph = Graph(segment, weights, activations(precision))
+    graph = Graph(segment, weights, activations(precision), config.eps)
     made = {"text_kv": _text_kv, "head": _head, "mid": _mid, "tail": _tail}[segment.kind]
     return graph.finish(made(graph, config))
 
@@ -77,7 +77,7 @@ def _text_kv(graph: Graph, config: ModelConfig) -> dict[str, Value]:
     k, v = graph.reshape(k, *split), graph.reshape(v, *split)
     plain = graph.constant("ones", np.ones(config.width, np.float32))
     weight = graph.stacked("norm_k", [f"{block}.norm_k.weight" for block in blocks])
-    k = graph.op("Mul", graph.rms_norm(k, Norm(scale=plain, eps=config.eps)), weight)
+    k = graph.op("Mul", graph.rms_norm(k, plain), weight)
     return {name: graph.op("Transpose", x, perm=[1, 0, 2]) for name, x in (("text_k", k), ("text_v", v))}
 
 
@@ -99,7 +99,7 @@ def _mid(graph: Graph, config: ModelConfig) -> dict[str, Value]:
 def _tail(graph: Graph, config: ModelConfig) -> dict[str, Value]:
     x = _layer(graph, config, config.depth - 1)
     table = graph.op("Add", "embedding", graph.weight("head.modulation", -1, config.width))  # [2, d]
-    y = graph.linear(graph.layer_norm(x, _modulated(graph, table, 0, config.eps)), "head.head")
+    y = graph.linear(_modulated(graph, x, table, 0), "head.head")
     return {"velocity": graph.cast(_unpatched(graph, config, y), "fp32")}
 
 
@@ -110,30 +110,26 @@ def _projections(graph: Graph, config: ModelConfig, layer: int, x: Value, modula
     """[M, 3 d]: q, k and v of a layer's self-attention."""
     block = f"blocks.{layer}"
     table = graph.op("Add", modulation, graph.weight(f"{block}.modulation", -1, config.width))
-    a = graph.layer_norm(x, _modulated(graph, table, 0, config.eps))
-    return graph.linear(a, *(f"{block}.self_attn.{name}" for name in "qkv"))
+    a = _modulated(graph, x, table, 0)
+    qkv = graph.linear(a, *(f"{block}.self_attn.{name}" for name in "qkv"))
+    return _converted(graph, qkv, between(graph.dtype))
 
 
 def _layer(graph: Graph, config: ModelConfig, layer: int) -> Value:
     """The rest of a layer, from what its self-attention has found on."""
     block = f"blocks.{layer}"
     table = graph.op("Add", "modulation", graph.weight(f"{block}.modulation", -1, config.width))
-    a = graph.linear("attended", f"{block}.self_attn.o")
+    a = graph.linear(_converted(graph, "attended", graph.dtype), f"{block}.self_attn.o")
     x = graph.op("Add", "x", graph.op("Mul", a, _row(graph, table, GATE)))
-    x = graph.op("Add", x, _cross_attention(graph, config, f"{block}.cross_attn", _norm3(graph, config, block, x)))
-    a = graph.linear(graph.layer_norm(x, _modulated(graph, table, 3, config.eps)), f"{block}.ffn.0")
+    a = graph.layer_norm(x, graph.weight(f"{block}.norm3.weight"), graph.weight(f"{block}.norm3.bias"))
+    x = graph.op("Add", x, _cross_attention(graph, config, f"{block}.cross_attn", a))
+    a = graph.linear(_modulated(graph, x, table, 3), f"{block}.ffn.0")
     a = graph.linear(graph.op("Gelu", a, approximate="tanh"), f"{block}.ffn.2")
     return graph.op("Add", x, graph.op("Mul", a, _row(graph, table, 3 + GATE)))
 
 
-def _norm3(graph: Graph, config: ModelConfig, block: str, x: Value) -> Value:
-    scale, shift = graph.weight(f"{block}.norm3.weight"), graph.weight(f"{block}.norm3.bias")
-    return graph.layer_norm(x, Norm(scale=scale, shift=shift, eps=config.eps))
-
-
 def _cross_attention(graph: Graph, config: ModelConfig, layer: str, x: Value) -> Value:
-    norm = Norm(scale=graph.weight(f"{layer}.norm_q.weight"), eps=config.eps)
-    q = graph.rms_norm(graph.linear(x, f"{layer}.q"), norm)
+    q = graph.rms_norm(graph.linear(x, f"{layer}.q"), graph.weight(f"{layer}.norm_q.weight"))
     batch = graph.integers(0)
     wide = [graph.op("Unsqueeze", value, batch) for value in (q, "text_k", "text_v")]
     heads = {"q_num_heads": config.heads, "kv_num_heads": config.heads}
@@ -141,10 +137,15 @@ def _cross_attention(graph: Graph, config: ModelConfig, layer: str, x: Value) ->
     return graph.linear(graph.op("Squeeze", y, batch), f"{layer}.o")
 
 
-def _modulated(graph: Graph, table: Value, first: int, eps: float) -> Norm:
-    """LN(x) (1 + scale) + shift, of the rows of a modulation from `first` on."""
+def _modulated(graph: Graph, x: Value, table: Value, first: int) -> Value:
+    """LN(x) (1 + scale) + shift, by the rows of a modulation from `first` on."""
     scale = graph.op("Add", _row(graph, table, first + SCALE), graph.constant("one", np.ones(1, np.float32)))
-    return Norm(scale=scale, shift=_row(graph, table, first + SHIFT), eps=eps)
+    return graph.layer_norm(x, scale, _row(graph, table, first + SHIFT))
+
+
+def _converted(graph: Graph, x: Value, dtype: str) -> Value:
+    """What goes to the host's kernels or comes from them, where they have another format."""
+    return x if between(graph.dtype) == graph.dtype else graph.cast(x, dtype)
 
 
 def _row(graph: Graph, table: Value, row: int) -> Value:

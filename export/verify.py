@@ -164,43 +164,45 @@ def compare(
     dit = Lazy(shapes.dit(config), lambda name: rounded(source.dit[name], act))
     networks = [_Network(config, dit), *([_Network(config, source.dit)] if act != "fp32" else [])]
     everybody: tuple[OnnxEngine | _Network, ...] = (chain, *networks)
-    errors = {"velocity": 0.0, "rounding": 0.0, "text": 0.0}
+    found: dict[str, list[float]] = {"velocity": [], "rounding": [], "text": []}
     for unit in range(units):
         if unit in (0, units // 2):
             rows = noise.normal(1, unit, 0, 0, (config.text.length, config.text.width))
             for each in everybody:
                 each.set_text(rows)
-            errors["text"] = max(errors["text"], _text_error(device, networks[0]))
+            found["text"] += _text_errors(device, networks[0])
         for step, s in enumerate(LEVELS):
             x = chain.noise(unit, step)
             v, *others = (v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in everybody)
-            errors["velocity"] = max(errors["velocity"], _error(v, others[0]))
-            errors["rounding"] = max(errors["rounding"], _error(v, others[-1]))
+            found["velocity"].append(_error(v, others[0]))
+            found["rounding"].append(_error(v, others[-1]))
         for each in everybody:
             each.commit(chain.noise(unit, len(LEVELS)), unit)
-    errors["ring"] = _ring_error(device, networks[0])
-    return errors | _pixels(source, chain, segments, precision)
+    found["ring"] = _ring_errors(device, networks[0])
+    found |= _pixel_errors(source, chain, segments, precision)
+    return {name: float(np.max(errors)) for name, errors in found.items()}  # NaN, where one is
 
 
-def _pixels(source: Source, chain: OnnxEngine, segments: Sequence[Segment], precision: str) -> dict[str, float]:
+def _pixel_errors(
+    source: Source, chain: OnnxEngine, segments: Sequence[Segment], precision: str
+) -> dict[str, list[float]]:
     """The decoder over the first units, and the encoder over a picture, where there is one."""
     module = _codec(source.config, source.decoder, source.decodes, activations(precision))
     state: Any = None
-    video = 0.0
+    errors: dict[str, list[float]] = {"video": []}
     for unit in range(DECODED):
         latents = chain.noise(unit, 0)
         expected = []
         for frame in torch.from_numpy(latents).split(1, dim=1):
             pixels, state = module.decode(frame, state)
             expected.append(pixels[0].numpy())
-        video = max(video, _error(chain.decode(latents), np.concatenate(expected)))
-    errors = {"video": video}
+        errors["video"].append(_error(chain.decode(latents), np.concatenate(expected)))
     if source.encodes is not None and any(segment.name == "encoder" for segment in segments):
         reader = _codec(source.config, source.config.autoencoder.kind, source.encodes, "fp32")
         assert not isinstance(reader, TAEHV)
         picture = np.random.default_rng(0).integers(0, 256, (*source.config.frame_size, 3), dtype=np.uint8)
         plain = torch.from_numpy(picture).permute(2, 0, 1)[None, None].float() / 255
-        errors["picture"] = _error(chain.encode(picture), reader.encode(plain).numpy())
+        errors["picture"] = [_error(chain.encode(picture), reader.encode(plain).numpy())]
     return errors
 
 
@@ -250,21 +252,21 @@ class _Network:
         self._dit.commit(torch.from_numpy(latents), self.text, self.ring, unit)
 
 
-def _text_error(device: CpuDevice, network: _Network) -> float:
-    """Of keys and values of the text, the larger one over all layers."""
+def _text_errors(device: CpuDevice, network: _Network) -> list[float]:
+    """Of the text's keys and of its values, all layers together."""
     pairs = zip(("text_k", "text_v"), zip(*network.text, strict=True), strict=True)
-    return max(_error(device.buffers[name], torch.cat(parts).flatten(3)[:, 0].numpy()) for name, parts in pairs)
+    return [_error(device.buffers[name], torch.cat(parts).flatten(3)[:, 0].numpy()) for name, parts in pairs]
 
 
-def _ring_error(device: CpuDevice, network: _Network) -> float:
-    """Of the keys and values that each layer holds, the largest."""
+def _ring_errors(device: CpuDevice, network: _Network) -> list[float]:
+    """Of the keys and values of every frame that each layer holds."""
     errors = []
     for frame in network.ring.held():
         for layer in range(device.config.depth):
             expected = network.ring.read(layer, frame)
             got = device.ring.read(layer, frame)  # heads may be longer there, by zeros
             errors += [_error(a[..., : b.shape[-1]], b[0].numpy()) for a, b in zip(got, expected, strict=True)]
-    return max(errors)
+    return errors
 
 
 def _codec(config: ModelConfig, kind: str, tensors: Tensors, dtype: str) -> Codec:

@@ -67,14 +67,10 @@ class FakeGpu:
         from cuda.bindings import runtime
 
         self.real = runtime
-        self.bundle, self.policy, self.driver, self.devices, self.capability = (
-            bundle,
-            policy,
-            driver,
-            devices,
-            capability,
-        )
-        self.room = room
+        self.bundle, self.policy, self.room = bundle, policy, room
+        self.driver, self.devices, self.capability = driver, devices, capability
+        self.touched: set[str] = set()  # what was asked of the GPU beyond whether it is there
+        self.fail: dict[str, str] = {}  # functions that give an error, and which
         self.memory = Memory()
         self.blocks: dict[int, Any] = {}
         self.pinned: dict[int, np.ndarray] = {}
@@ -115,7 +111,7 @@ class FakeGpu:
     def reach(self, event: int, count: int) -> None:
         """Does other streams' work until the event has been passed so often."""
         mark = self.marks[event]
-        for stream, queue in self.queues.items():
+        for queue in self.queues.values():
             while mark.passed < count and any(kind == f"mark {event}" for kind, _ in queue.work):
                 self._do_next(queue)
         assert mark.passed >= count, f"event {event} is waited for and on no stream"
@@ -172,13 +168,24 @@ class Kernels:
 
 # ---------------------------------------------------------------------- CUDA's runtime
 
+HARMLESS = ("cudaDriverGetVersion", "cudaGetDeviceCount", "cudaDeviceGetAttribute", "cudaGetErrorString")
+"""What may be called before it is known that a GPU will be used."""
+
 
 class FakeRuntime:
     """`cuda.bindings.runtime`: every function gives its error code first."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self._gpu = gpu
-        self.fail: dict[str, Any] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("cuda") and name in FakeRuntime.__dict__:
+            gpu = self._gpu
+            if name not in HARMLESS:
+                gpu.touched.add(name)
+            if name in gpu.fail:
+                return lambda *_: self._no(gpu.fail[name])
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         """Enumerations and constants are CUDA's own."""
@@ -188,7 +195,7 @@ class FakeRuntime:
         return (self._gpu.real.cudaError_t.cudaSuccess, *results)
 
     def _no(self, name: str) -> tuple[Any, ...]:
-        return (self._gpu.real.cudaError_t[name], None)
+        return (getattr(self._gpu.real.cudaError_t, name), None)
 
     def cudaDriverGetVersion(self):
         return self._ok(self._gpu.driver)
@@ -223,7 +230,8 @@ class FakeRuntime:
         self._gpu.drain_all()
         block = self._gpu.blocks.pop(address)
         self._gpu.room += block.nbytes
-        self._gpu.memory.free(block)
+        buffers = self._gpu.memory.buffers
+        del buffers[next(i for i, buffer in enumerate(buffers) if buffer is block)]
         return self._ok()
 
     def cudaMallocHost(self, size):
@@ -342,6 +350,7 @@ def fake_tensorrt(gpu: FakeGpu) -> Any:
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
+            gpu.touched.add("Runtime")
             self.logger = logger
 
         def get_engine_validity(self, header: bytes) -> tuple[str, int]:
@@ -437,9 +446,9 @@ class Context:
             return False
         self.ran = True
         gpu.compiled.add(self.engine.segment.name)
-        assert not set(addresses[p] for p in addresses if p.startswith(OUT)) & set(
-            addresses[p] for p in addresses if not p.startswith(OUT)
-        ), "an engine would write where it reads"
+        written = {address for name, address in addresses.items() if name.startswith(OUT)}
+        read = {address for name, address in addresses.items() if not name.startswith(OUT)}
+        assert not written & read, "an engine would write where it reads"
         gpu.put(stream, "engine", lambda: self._run(addresses))
         return True
 

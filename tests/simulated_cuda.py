@@ -16,9 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pybind11
 from cuda_fixture import CSRC, compiled
 from ptxsim import Built, Device, Memory, Module, Options, Report, Runtime, compiler
+from ptxsim.memory import Buffer
 
 import _cfrt
 
@@ -39,6 +41,30 @@ class Simulated:
     @property
     def report(self) -> Report:
         return self._run.report
+
+
+class SimulatedBuffer:
+    """A buffer as benchmarks/ring_stream.py wants it."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer, self.address = buffer, buffer.address
+
+    def get(self) -> np.ndarray:
+        return self._buffer.array.copy()
+
+    def set(self, values: np.ndarray) -> None:
+        self._buffer.array[...] = values
+
+
+class SimulatedMemory:
+    def __init__(self) -> None:
+        self.memory = Memory()
+
+    def put(self, values: np.ndarray) -> SimulatedBuffer:
+        return SimulatedBuffer(self.memory.put(values))
+
+    def empty(self, shape: tuple[int, ...], dtype: type) -> SimulatedBuffer:
+        return SimulatedBuffer(self.memory.empty(shape, dtype))
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Case:
 
     def call(self, memory: Memory, step: int, record: bool = False, **buffers) -> tuple[RawAttention, Array]:
         out = memory.empty((self.m, self.heads, self.dim), np.uint16)
-        scratch = memory.empty(self.splits * self.m * self.heads * (self.dim + 1), np.float32)
+        self.scratch = scratch = memory.empty(self.splits * self.m * self.heads * (self.dim + 1), np.float32)
         width = self.heads * self.dim
         raw = fill(
             RawAttention(), out=out, scratch=scratch, q_stride=width, out_stride=width, queries=self.m,
@@ -155,6 +155,18 @@ def test_a_record_in_device_memory_is_the_list(name: str) -> None:
     CASES[name].check(out)
     if CASES[name].splits == 1:
         assert (out == CASES[name].bf16()[0]).all()
+
+
+def assert_idle_parts_untouched(case: Case, parts: int) -> None:
+    rows = case.m * case.heads * case.dim
+    assert (case.scratch.array.view(np.uint32)[parts * rows : case.splits * rows] == 0xFFFFFFFF).all()
+
+
+def test_parts_without_keys_write_nothing() -> None:
+    """Two frames of one granule each, eight parts."""
+    case = copied(CASES["more parts than granules"])
+    case.bf16(record=True)
+    assert_idle_parts_untouched(case, 2)
 
 
 def test_bf16_equals_its_cpu_twin() -> None:
@@ -310,6 +322,8 @@ def test_int8_fp8_does_not_depend_on_the_schedule(options: Options) -> None:
 def test_a_record_is_the_list_in_8_bits(splits: int) -> None:
     case = Quantised(copied(EIGHT_BITS["three parts"], splits=splits))
     case.check(case.run(record=True)[0])
+    granules = 2 * len(WRAPPED)
+    assert_idle_parts_untouched(case.case, -(-granules // -(-granules // splits)))
 
 
 @settings(max_examples=10)

@@ -60,7 +60,7 @@ def test_a_bundle_reads_prompts_by_itself(bundle: Path, umt5: Path, tmp_path: Pa
         got, expected = exported.encode(prompt), exact.encode(prompt)
         assert got.dropped == expected.dropped
         assert np.linalg.norm(got.rows - expected.rows) < 0.06 * np.linalg.norm(expected.rows)
-    assert isinstance(encoder(CONFIG, {}, bundle), ExportedText)
+    assert isinstance(encoder(opened.manifest.config, {}, bundle), ExportedText)
 
 
 def test_reading_needs_no_pytorch(bundle: Path, tmp_path: Path) -> None:

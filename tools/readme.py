@@ -1,4 +1,5 @@
 """Fill README.md from runs: what its example prints, a picture the student makes, and tables of measured speed.
+docs/cpu-performance.md goes along.
 
     python tools/readme.py --bench build/bench.json     keep that run of `pytest benchmarks` and word it
     python tools/readme.py                              example and picture anew, speed from the kept run
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_speed
+import roofline
 
 from cfrt.config import ModelConfig
 
@@ -116,6 +118,7 @@ def main() -> None:
     for name, body in sections.items():
         text = fill(text, name, body)
     readme.write_text(text, encoding="utf-8")
+    roofline.write()
 
 
 if __name__ == "__main__":

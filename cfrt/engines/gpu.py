@@ -47,7 +47,7 @@ def capability(device: int = 0) -> str:
     return f"sm{major}{minor}"
 
 
-class Memory:
+class Block:
     """Bytes on the GPU, or pinned on the host (`array` then shows them); freed when nobody holds it any more."""
 
     def __init__(self, gpu: "Gpu", size: int, pinned: bool) -> None:
@@ -178,13 +178,13 @@ class Gpu:
         self._thread: int | None = None
         self.capability = capability(index)
 
-    def memory(self, size: int) -> Memory:
+    def memory(self, size: int) -> Block:
         """On the GPU, at least `ALIGNMENT` aligned, not cleared."""
-        return Memory(self, size, pinned=False)
+        return Block(self, size, pinned=False)
 
-    def pinned(self, size: int) -> Memory:
+    def pinned(self, size: int) -> Block:
         """On the host, where the GPU can read and write it while the host goes on."""
-        return Memory(self, size, pinned=True)
+        return Block(self, size, pinned=True)
 
     def stream(self) -> Stream:
         return Stream(self)

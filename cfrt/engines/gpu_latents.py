@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .gpu import Gpu, Memory, Stream
+from .gpu import Block, Gpu, Stream
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Noise:
 class Buffer:
     """fp32 numbers on the GPU. Its memory goes back to the pool with it."""
 
-    memory: Memory
+    memory: Block
     pool: "Pool"
 
     def __del__(self) -> None:
@@ -35,14 +35,14 @@ class Pool:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._free: dict[int, list[Memory]] = {}
+        self._free: dict[int, list[Block]] = {}
         self._closed = False
 
     def take(self, size: int) -> Buffer:
         free = self._free.get(size)
         return Buffer(free.pop() if free else self._gpu.memory(size), self)
 
-    def give(self, memory: Memory) -> None:
+    def give(self, memory: Block) -> None:
         if not self._closed:
             self._free.setdefault(memory.bytes, []).append(memory)
 
@@ -78,6 +78,11 @@ class GpuLatents:
     def __truediv__(self, divisor: float) -> "GpuLatents":
         return self * (1.0 / divisor)
 
+    @property
+    def nbytes(self) -> int:
+        """On the GPU."""
+        return sum(term.memory.bytes for term in self.terms if isinstance(term, Buffer))
+
     def __repr__(self) -> str:
         return f"GpuLatents({len(self.terms)} terms)"
 
@@ -99,10 +104,12 @@ class Sums:
         if len(noises) == 1 and len(buffers) == 1 and buffers[0][1] == 1 - noises[0][1]:
             self._renoise(out, buffers[0][0], noises[0][1], noises[0][0])
             return
+        if not buffers and [factor for _, factor in noises] == [1]:
+            self._pure(out, noises[0][0])
+            return
         made = [(self.new(), noise, factor) for noise, factor in noises]
         for buffer, noise, _ in made:
-            self._stream.zero(buffer.memory.address, 4 * self._count)
-            self._renoise(buffer.memory.address, buffer.memory.address, 1.0, noise)
+            self._pure(buffer.memory.address, noise)
         self._add(out, buffers + [(buffer.memory.address, factor) for buffer, _, factor in made])
 
     def x0(self, out: int, x: int, v: int, s: float) -> None:
@@ -118,6 +125,11 @@ class Sums:
         made = self.new()
         self.into(made.memory.address, latents)
         return made
+
+    def _pure(self, out: int, noise: Noise) -> None:
+        """All noise: what it is mixed with must be a number, or 0 times it would be none."""
+        self._stream.zero(out, 4 * self._count)
+        self._renoise(out, out, 1.0, noise)
 
     def _renoise(self, out: int, x0: int, s: float, noise: Noise) -> None:
         self._kernels.renoise(

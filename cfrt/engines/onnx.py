@@ -196,8 +196,33 @@ class CpuDevice:
     def load_state(self, state: Any) -> None:
         self.ring.load(state)
 
+    # ------------------------------------------------------------------ to and from the host
+
+    def fetch(self, prefix: str) -> list[np.ndarray]:
+        return list(self.keep(prefix).values())
+
+    def read_keys(self, frame: int) -> np.ndarray:
+        layers = range(self.config.depth)
+        return np.stack([np.stack(self.ring.read(layer, frame)) for layer in layers])
+
+    def write_keys(self, frame: int, keys: np.ndarray) -> None:
+        for layer, (k, v) in enumerate(keys):
+            self.ring.write(layer, frame, np.ascontiguousarray(k), np.ascontiguousarray(v))
+
+    def host(self, latents: np.ndarray) -> np.ndarray:
+        return latents
+
+    def place(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def twin(self) -> "CpuDevice":
+        twin = CpuDevice(self.config, self._norms, seed=self.seed, threads=self.threads)
+        twin._sessions = self._sessions
+        twin.buffers = {name: np.zeros_like(array) for name, array in self.buffers.items()}
+        return twin
+
     def close(self) -> None:
-        self._sessions.clear()
+        self._sessions = {}
 
 
 class Head:

@@ -82,7 +82,7 @@ class Runtime:
         engine = self._runtime.deserialize_cuda_engine(blob)
         if engine is None:
             raise BundleError(f"{path} cannot be loaded: {self._log.first()}")
-        return Context(self._trt, self._log, engine, self._config(engine), path.stem)
+        return Context(self._log, engine, self._config(engine), path.stem)
 
     def _config(self, engine: Any) -> Any:
         config = engine.create_runtime_config()
@@ -109,13 +109,18 @@ class Runtime:
 class Context:
     """An engine that can be run. `name` is its file's."""
 
-    def __init__(self, trt: Any, log: Log, engine: Any, config: Any, name: str) -> None:
+    def __init__(self, log: Log, engine: Any, config: Any, name: str) -> None:
+        self._made_of = (log, engine, config, name)
         self._log, self._engine, self.name = log, engine, name
         self._context = engine.create_execution_context(config)
         if self._context is None:
             raise EngineError(f"TensorRT makes no context for {name}: {log.first()}")
         self.scratch_bytes = int(engine.device_memory_size_v2)
         self.tensors: Sequence[str] = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+
+    def twin(self) -> "Context":
+        """Another context of the same engine, and so of the same weights."""
+        return Context(*self._made_of)
 
     def ports(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Name, shape and format of every input and output, the format as TensorRT calls it."""

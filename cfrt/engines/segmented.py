@@ -23,11 +23,12 @@ Commits are never fused with the next pass here (`fuses = False`): a fused pass 
 graph would have to exist a second time at twice the tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from ..bundle import STATE, Bundle, Segment
 from ..config import ModelConfig
 from ..errors import EngineError
 from ..flow import TIME_SCALE, time_embedding
-from . import Latents, Spec
+from . import Latents, Memory, Spec, fit_memory
 
 
 class Ring(Protocol):
@@ -45,12 +46,17 @@ class Ring(Protocol):
     def next_frame(self) -> int: ...
     def commit(self, unit: int) -> None: ...
     def rewind(self, unit: int) -> None: ...
+    def hold(self, frame: int) -> None: ...
+    def held(self) -> list[int]: ...
 
 
 class Device(Protocol):
     """Where a chain runs. Buffers have the names, shapes and formats of the segments' ports, and are as large as the
-    largest port of that name. Calls come from one thread and take effect in order; only `pixels`, `keep` and `state`
-    wait for results."""
+    largest port of that name. Calls come from one thread and take effect in order; those that give arrays wait for
+    results."""
+
+    seed: int
+    """Of the noise."""
 
     @property
     def ring(self) -> Ring: ...
@@ -118,6 +124,30 @@ class Device(Protocol):
 
     def load_state(self, state: Any) -> None: ...
 
+    # ------------------------------------------------------------------ to and from the host
+
+    def fetch(self, prefix: str) -> list[np.ndarray]:
+        """Those buffers as fp32, in the order of the ports; `put` is the way back."""
+        ...
+
+    def read_keys(self, frame: int) -> np.ndarray:
+        """Keys and values of a latent frame that the ring holds, fp32 [layers, 2, N, H, D] (`engines.Memory`)."""
+        ...
+
+    def write_keys(self, frame: int, keys: np.ndarray) -> None:
+        """The way back; `Ring.hold` makes them count."""
+        ...
+
+    def host(self, latents: Latents) -> np.ndarray:
+        """Latents as fp32 [1, F, C, h, w]."""
+        ...
+
+    def place(self, array: np.ndarray) -> Latents: ...
+
+    def twin(self) -> Self:
+        """A second device with the same segments, whose weights it shares."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -167,6 +197,17 @@ class SegmentedEngine:
         names = {segment.name for segment in segments}
         self._on, self._config, self._made_by = device, config, (self.name, *made_by)
         self._starts_apart, self._reads_pictures = "decoder_start" in names, "encoder" in names
+        ports = next(segment.inputs for segment in segments if segment.name == "decoder")
+        self._state_ports = [port for port in ports if port.name.startswith(STATE)]
+        self._start()
+
+    def twin(self) -> Self:
+        twin = copy(self)
+        twin._on = self._on.twin()
+        twin._start()
+        return twin
+
+    def _start(self) -> None:
         self._heard = False
         self._decoded = 0  # units decoded: the next one's number
         self._before: tuple[int, Any] = (0, None)
@@ -262,6 +303,35 @@ class SegmentedEngine:
         if unit * self._config.unit < self._on.ring.next_frame:
             with refusals():
                 self._on.ring.rewind(unit)
+
+    def reseed(self, seed: int) -> None:
+        self._on.seed = seed
+
+    def memory(self, frames: Iterable[int]) -> Memory:
+        held = set(self._on.ring.held())
+        keys = {frame: self._on.read_keys(frame)[:, :, None] for frame in frames if frame in held}
+        decoder = tuple(self._on.fetch(STATE)) if self._decoded else ()
+        return Memory(unit=self._decoded, keys=keys, decoder=decoder)
+
+    def recall(self, memory: Memory) -> None:
+        config = self._config
+        shape = (config.depth, 2, 1, config.frame_tokens, config.heads, config.head_dim)
+        fit_memory(memory, shape, [port.shape for port in self._state_ports] if memory.unit else [])
+        for frame, keys in sorted(memory.keys.items()):
+            self._on.write_keys(frame, keys[:, :, 0].astype(np.float32, copy=False))
+            with refusals():
+                self._on.ring.hold(frame)
+        for port, array in zip(self._state_ports, memory.decoder, strict=False):
+            self._on.put(port.name, array.astype(np.float32, copy=False))
+        self._decoded = memory.unit
+        self._before = (memory.unit, self._on.keep(STATE) if memory.unit else None)
+        self.rewind(memory.unit)
+
+    def host(self, latents: Latents) -> np.ndarray:
+        return self._on.host(latents)
+
+    def place(self, array: np.ndarray) -> Latents:
+        return self._on.place(np.ascontiguousarray(array, dtype=np.float32))
 
     def snapshot(self) -> SegmentedSnapshot:
         decoder = self._on.keep(STATE) if self._decoded else None

@@ -20,12 +20,16 @@ from .segmented import SegmentedEngine
 from .trt_device import TrtDevice
 
 EXPORT = "python -m export.trt"
+NO_ENGINES = ("sm90", "sm100")
+"""Data centre GPUs, which TensorRT-RTX leaves out."""
 
 
 class TrtEngine(SegmentedEngine):
     """One stream. Latents are sums on the GPU (`gpu_latents.GpuLatents`)."""
 
     name: ClassVar[str] = "trt"
+    warm: bool
+    """Was all that TensorRT compiles at a first run on this machine there already?"""
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -49,6 +53,7 @@ class TrtEngine(SegmentedEngine):
             for segment in bundle.manifest.segments:
                 device.load(segment, bundle.file(plans[segment.name].file))
             device.allocate()
+            self.warm = runtime.warm
         except BaseException:
             device.close()
             raise
@@ -66,8 +71,11 @@ def _unfit(spec: Spec, bundle: Bundle) -> str | None:
         return f"the bundle has no encoder, so no stream can start from a picture: {EXPORT} with a frame-wise model"
     if spec.precision not in ("auto", manifest.precision):
         return f"the bundle was exported in {manifest.precision}, not in {spec.precision!r}: export it once more"
-    if any(port.dtype == "fp16" for segment in manifest.segments for port in segment.inputs):
-        return "the kernels between the engines take bf16, and this bundle hands fp16 to them: export it in bf16 or fp8"
+    formats = {port.dtype for segment in manifest.segments for port in segment.outputs if port.name == "qkv"}
+    if formats != {"bf16"}:
+        return (
+            f"the kernels between the engines take bf16, and these give {', '.join(formats)}: export the bundle again"
+        )
     if device_index(spec.device) is None:
         return f"it runs on cuda, not on {spec.device!r}"
     if config.head_dim not in (64, 128):
@@ -84,6 +92,8 @@ def _no_gpu(spec: Spec, bundle: Bundle) -> str | None:
     here = gpu.capability(index)
     targets = sorted({plan.target for plan in plans})
     fitting = [plan for plan in plans if plan.target == here]
+    if not fitting and here in NO_ENGINES:
+        return f"this GPU is {here}, for which TensorRT-RTX builds none: engine 'torch' runs the model's weights on it"
     if not fitting:
         return f"the bundle's engines are for {', '.join(targets)} and this GPU is {here}: {EXPORT} --target {here}"
     absent = [s.name for s in bundle.manifest.segments if s.name not in {plan.segment for plan in fitting}]

@@ -27,8 +27,9 @@ from ..config import ModelConfig
 from ..errors import BundleError, EngineError
 from ..noise import Purpose
 from . import Latents
-from .gpu import Event, Gpu, Graph, Memory, Stream
+from .gpu import Block, Event, Gpu, Graph, Stream
 from .gpu_latents import Buffer, GpuLatents, Noise, Pool, Sums
+from .granules import Bf16, Int8, decoded, encoded
 from .rtx import Context, Runtime
 
 DTYPES = {"FLOAT": "fp32", "BF16": "bf16", "HALF": "fp16", "UINT8": "uint8"}
@@ -43,7 +44,9 @@ class Ports:
     """A buffer of the chain: one piece of memory, or two that take turns."""
 
     bytes: int
-    halves: list[Memory]
+    shape: tuple[int, ...]
+    dtype: str
+    halves: list[Block]
     current: int = 0
 
     @property
@@ -70,7 +73,7 @@ class Upload:
     """Pinned memory that goes to one place on the GPU again and again; some turns, so that the host runs ahead."""
 
     def __init__(self, gpu: Gpu, size: int, turns: int = 4) -> None:
-        self._slots: list[tuple[Memory, Event]] = [(gpu.pinned(size), gpu.event()) for _ in range(turns)]
+        self._slots: list[tuple[Block, Event]] = [(gpu.pinned(size), gpu.event()) for _ in range(turns)]
         self._turn = 0
 
     def send(self, stream: Stream, to: int, data: np.ndarray) -> None:
@@ -106,13 +109,13 @@ class TrtDevice:
         seed: int,
     ) -> None:
         self._config, self._tensors, self._gpu, self._runtime, self._kernels = config, tensors, gpu, runtime, kernels
-        self._seed = seed
+        self.seed = seed
         self._main, self._decode = gpu.stream(), gpu.stream()
         self._segments: dict[str, tuple[Segment, Context]] = {}
         self._buffers: dict[str, Ports] = {}
         self._uploads: dict[str, Upload] = {}
         self._graphs: dict[str, Graph | None] = {}
-        self._owned: list[Memory] = []
+        self._owned: list[Block] = []
         self._pool, self._kept = Pool(gpu), Pool(gpu)  # of the main stream, and of the decoder's
         count = config.unit * config.latent_channels * prod(config.latent_grid)
         self._sums = Sums(kernels, self._pool, self._main, count, self._named_noise)
@@ -137,12 +140,14 @@ class TrtDevice:
         """Everything that a stream will ever need, at once: EngineError, with sizes, where it does not fit."""
         segments = [segment for segment, _ in self._segments.values()]
         twice = {port.name for segment in segments for port in segment.outputs if _in(segment, port)}
-        sizes: dict[str, int] = {}
+        largest: dict[str, Port] = {}
         for port in (port for s in segments for port in (*s.inputs, *s.outputs) if port.row is None):
-            sizes[port.name] = max(sizes.get(port.name, 0), prod(port.shape) * BYTES[port.dtype])
-        for name, size in sizes.items():
+            known = largest.setdefault(port.name, port)
+            largest[port.name] = max(known, port, key=lambda each: prod(each.shape))
+        for name, port in largest.items():
+            size = prod(port.shape) * BYTES[port.dtype]
             halves = [self._memory(size) for _ in range(2 if name in twice else 1)]
-            self._buffers[name] = Ports(size, halves)
+            self._buffers[name] = Ports(size, port.shape, port.dtype, halves)
         for decoders in (False, True):
             self._share_scratch([c for name, (_, c) in self._segments.items() if (name in DECODERS) == decoders])
         self._allocate_ring()
@@ -150,7 +155,7 @@ class TrtDevice:
         self._pixels, self._host_pixels = self._memory(pixels), self._gpu.pinned(pixels)
         self._owned.append(self._host_pixels)
 
-    def _memory(self, size: int) -> Memory:
+    def _memory(self, size: int) -> Block:
         memory = self._gpu.memory(size)
         self._owned.append(memory)
         return memory
@@ -164,6 +169,7 @@ class TrtDevice:
     def _allocate_ring(self) -> None:
         config, geometry = self._config, self._config.geometry
         self._int8 = "v_scale" in self._tensors
+        self._granules = (Int8 if self._int8 else Bf16)(config.frame_tokens, config.heads, config.head_dim)
         shape = Geometry(unit=geometry.unit, window=geometry.window, sinks=geometry.sinks)
         self.ring = self._kernels.Ring(
             shape,
@@ -193,7 +199,7 @@ class TrtDevice:
         self._q_scale, self._q_sink_scale = (self._memory(4 * scales) for _ in range(2))
         self._unrounded = self._memory(2 * numbers if self._int8 else 0)
 
-    def _placed(self, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Memory:
+    def _placed(self, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Block:
         """A tensor [layers, d] on the GPU."""
         shape = (self._config.depth, self._config.width)
         tensor = self._tensors.get(name)
@@ -211,7 +217,7 @@ class TrtDevice:
     def put(self, name: str, value: Latents | np.ndarray, frame: int | None = None) -> None:
         stream, buffer = self._stream_of(name), self._buffers[name]
         if isinstance(value, np.ndarray):
-            self._send(name, stream, buffer.address, _bytes(value.astype(np.float32, copy=False)))
+            self._send(name, stream, buffer.address, _bytes(encoded(value, buffer.dtype)))
         elif frame is None:
             self._sums.into(buffer.address, value)
             self._holding = value
@@ -222,7 +228,7 @@ class TrtDevice:
             self._lent = whole  # until the pixels are on the host, when the copy has surely been made
 
     def open(self, unit: int) -> None:
-        opened = self.ring.open(unit, self._seed)
+        opened = self.ring.open(unit, self.seed)
         self._send("record", self._main, self._record.address, np.frombuffer(opened.record, dtype=np.uint8))
 
     def replay(self, name: str, work: Callable[[], None]) -> None:
@@ -387,9 +393,7 @@ class TrtDevice:
 
     def state(self) -> tuple[list[int], np.ndarray]:
         """On the host: a ring is larger than what else the GPU has room for."""
-        held = np.empty(self._keys.bytes, dtype=np.uint8)
-        self._main.copy(held.ctypes.data, self._keys.address, held.nbytes)
-        self._main.wait()
+        held = self._fetched(self._main, self._keys.address, self._keys.bytes)
         self._decode.wait()
         return self.ring.state(), held
 
@@ -398,6 +402,58 @@ class TrtDevice:
         self.ring.load(frames)
         self._main.copy(self._keys.address, held.ctypes.data, held.nbytes)
         self._main.wait()
+
+    # ------------------------------------------------------------------ to and from the host
+
+    def fetch(self, prefix: str) -> list[np.ndarray]:
+        named = self._named(prefix).values()
+        return [decoded(self._fetched(self._decode, b.address, b.bytes), b.dtype).reshape(b.shape) for b in named]
+
+    def read_keys(self, frame: int) -> np.ndarray:
+        return np.stack([self._granules.unpack(*self._frame(layer, frame)) for layer in range(self._config.depth)])
+
+    def write_keys(self, frame: int, keys: np.ndarray) -> None:
+        for layer, (k, v) in enumerate(keys):
+            parts = self._granules.pack(k, v, self._scales_of(layer))
+            for (address, _), part in zip(self._places(layer, frame), parts, strict=True):
+                data = _bytes(part)
+                self._send(f"keys {data.size}", self._main, address, data)
+
+    def host(self, latents: Latents) -> np.ndarray:
+        config, held = self._config, self._sums.single(latents)
+        found = self._fetched(self._main, held.memory.address, held.memory.bytes).view(np.float32)
+        return found.reshape(1, config.unit, config.latent_channels, *config.latent_grid)
+
+    def place(self, array: np.ndarray) -> GpuLatents:
+        out = self._sums.new()
+        self._send("placed", self._main, out.memory.address, _bytes(array))
+        return GpuLatents({out: 1.0})
+
+    def twin(self) -> "TrtDevice":
+        twin = TrtDevice(self._config, self._tensors, self._gpu, self._runtime, self._kernels, seed=self.seed)
+        twin._segments = {name: (segment, context.twin()) for name, (segment, context) in self._segments.items()}
+        twin.allocate()
+        return twin
+
+    def _fetched(self, stream: Stream, address: int, size: int) -> np.ndarray:
+        """Bytes of the GPU, once all that was to be done on the stream is done."""
+        out = np.empty(size, dtype=np.uint8)
+        stream.copy(out.ctypes.data, address, size)
+        stream.wait()
+        return out
+
+    def _places(self, layer: int, frame: int) -> list[tuple[int, int]]:
+        """Address and bytes of a frame's keys, values and, in 8 bits, scales of keys."""
+        starts, sizes = self._layer(layer), self._granules.sizes
+        slot = self._config.geometry.slot(frame)
+        return [(start + slot * size, size) for start, size in zip(starts, sizes, strict=False) if size]
+
+    def _frame(self, layer: int, frame: int) -> list[np.ndarray]:
+        parts = [self._fetched(self._main, address, size) for address, size in self._places(layer, frame)]
+        return parts if self._value_scales is None else [*parts, self._scales_of(layer)]
+
+    def _scales_of(self, layer: int) -> np.ndarray | None:
+        return self._tensors["v_scale"][layer] if self._int8 else None
 
     def close(self) -> None:
         """Waits for what is running, then gives all memory back."""
@@ -433,7 +489,7 @@ class TrtDevice:
         self._uploads[name].send(stream, to, data)
 
     def _named_noise(self, unit: int, step: int) -> NamedNoise:
-        return NamedNoise(self._seed, unit, step, Purpose.SAMPLE)
+        return NamedNoise(self.seed, unit, step, Purpose.SAMPLE)
 
 
 def _in(segment: Segment, port: Port) -> bool:
@@ -450,6 +506,4 @@ def _fp32(array: np.ndarray) -> np.ndarray:
 
 
 def _bf16(array: np.ndarray) -> np.ndarray:
-    """The bits, uint16, to nearest even."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return encoded(array, "bf16")

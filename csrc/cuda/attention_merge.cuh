@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) attention_merge(const __grid_constan
     }
     const float share = reciprocal(total);
     auto* out = static_cast<std::uint16_t*>(call.a.out) + row / heads * call.a.out_stride + row % heads * kDim;
-    *reinterpret_cast<uint2*>(out + quad * 4) =
-        make_uint2(pack_bf16(sum[0] * share, sum[1] * share), pack_bf16(sum[2] * share, sum[3] * share));
+    store(out + quad * 4,
+          make_uint2(pack_bf16(sum[0] * share, sum[1] * share), pack_bf16(sum[2] * share, sum[3] * share)));
 }
 
 }  // namespace cfrt

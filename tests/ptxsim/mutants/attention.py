@@ -153,6 +153,7 @@ SUBJECT = Subject(
         ),
         "record": lambda: tests.test_a_record_in_device_memory_is_the_list("wrap, sink, tail"),
         "record of few keys": lambda: tests.test_a_record_in_device_memory_is_the_list("more parts than granules"),
+        "parts without keys": tests.test_parts_without_keys_write_nothing,
         "bank conflicts": tests.test_bf16_moves_no_more_than_it_must,
     },
     SYNCHRONISATION + BOUNDS + GEOMETRY + NUMBERS + RECORDS,

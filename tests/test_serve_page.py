@@ -275,6 +275,7 @@ def test_the_apis_own_page(open_page: Open, served: Served, browser: Browser) ->
     assert "/streams/{id}/frames" in page.inner_text("#docs")
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_is_found_again(open_page: Open) -> None:
     with process() as (url, server):
         page = open_page(url, tolerate="WebSocket connection|Failed to load resource")

@@ -76,7 +76,7 @@ class Session:
     def prompt(self) -> str:
         """What the next unit is made from. A stream that was rewound meets its old changes of prompt again."""
         following = max(0, self._stream.unit + 1)
-        return next(text for unit, text in reversed(self._stream.changes) if unit <= following)
+        return next((text for unit, text in reversed(self._stream.changes) if unit <= following), self._asked)
 
     @property
     def notes(self) -> list[str]:

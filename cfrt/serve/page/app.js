@@ -191,7 +191,8 @@ function listHistory() {
 
 async function say(prompt) {
   $("prompt").value = prompt;
-  const wish = { prompt, blend_units: Number($("blend").value), recache: $("recache").checked };
+  const blend_units = Math.min(64, Math.round($("blend").value / card.unit_seconds));
+  const wish = { prompt, blend_units, recache: $("recache").checked };
   if (!(await steer(wish))) return;
   past = [prompt, ...past.filter((other) => other !== prompt)].slice(0, HISTORY);
   pastAt = -1;

@@ -50,7 +50,8 @@ def viewers(kept: Row) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         "What the server adds: from the moment the stream hands out a frame until it lies in every viewer's buffer, "
-        "JPEG included. Viewers per core: from what each further viewer takes, the stream's own work left out."
+        "JPEG included; runs are short, so the 99th percentile is their worst moment, the viewers' arrival. "
+        "Viewers per core: from what each further viewer takes, the stream's own work left out."
     )
     return "\n".join((*lines, "", note))
 

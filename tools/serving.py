@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from readme import fill
-
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "serve.json"
 PAGE = ROOT / "docs" / "serve.md"
@@ -74,6 +72,8 @@ def browser(kept: Row) -> str:
 
 
 def main() -> None:
+    from readme import fill  # which imports much that the tables do not need
+
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), "serve", section(kept)), encoding="utf-8")
 

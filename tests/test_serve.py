@@ -429,7 +429,7 @@ def test_an_idle_stream_is_closed() -> None:
 def test_requests_are_rationed() -> None:
     with running(limits=Limits(messages_per_second=2, creations_per_minute=6)) as served:
         name = served.new()
-        answers = [served.http.patch(f"/streams/{name}", json={"paused": True}) for _ in range(8)]
+        answers = [served.http.patch(f"/streams/{name}", json={"paused": True}) for _ in range(16)]
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) >= 3
         assert int(refused[0].headers["retry-after"]) >= 1

@@ -44,13 +44,17 @@ def test_every_kernel_is_checked_and_right() -> None:
 @pytest.mark.usefixtures("nvcc")
 @pytest.mark.parametrize("kernel", ["attention", "append", "renoise", "combine", "pixels", "quantise_rows"])
 def test_a_kernel_that_does_nothing_is_found(kernel: str) -> None:
+    """By a check, or by the executor, where the next kernel reads what was never written."""
     memory = SimulatedMemory()
     with simulated(memory.memory) as cuda:
         setattr(cuda, kernel, lambda *_, **__: None)
-        some = gpu_checks.streams(False)[:1]
-        checks = [gpu_checks.check_stream(cuda, memory, stream) for stream in some]
-        rest = (gpu_checks.check_renoise, gpu_checks.check_combine, gpu_checks.check_pixels, gpu_checks.check_rows)
-        checks += [check(cuda, memory) for check in rest]
+        try:
+            checks = [gpu_checks.check_stream(cuda, memory, gpu_checks.streams(False)[0])]
+            rest = (gpu_checks.check_renoise, gpu_checks.check_combine, gpu_checks.check_pixels, gpu_checks.check_rows)
+            checks += [check(cuda, memory) for check in rest]
+        except RuntimeError:
+            assert cuda.report.kinds() == {"uninitialised"}
+            return
     assert not all(check.passed for check in checks)
 
 

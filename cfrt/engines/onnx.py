@@ -6,7 +6,7 @@ It is the graphs' witness and not a fast engine: `native` is that.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnxruntime
@@ -215,8 +215,8 @@ class CpuDevice:
     def place(self, array: np.ndarray) -> np.ndarray:
         return array
 
-    def twin(self) -> "CpuDevice":
-        twin = CpuDevice(self.config, self._norms, seed=self.seed, threads=self.threads)
+    def twin(self) -> Self:
+        twin = type(self)(self.config, self._norms, seed=self.seed, threads=self.threads)
         twin._sessions = self._sessions
         twin.buffers = {name: np.zeros_like(array) for name, array in self.buffers.items()}
         return twin

@@ -16,6 +16,7 @@ import cfrt
 from cfrt.bundle import Bundle, Plan
 from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Spec, refusal, trt
+from cfrt.engines.gpu import Gpu, Upload
 from cfrt.engines.torch import TorchEngine
 from cfrt.engines.trt import TrtEngine
 from cfrt.errors import BundleError, EngineError
@@ -171,6 +172,18 @@ def test_sums_on_the_gpu_are_those_of_flow(bundle: Bundle, monkeypatch: Patch) -
         ):
             np.testing.assert_allclose(engine.host(found), expected, rtol=1e-5, atol=1e-5)
         del x0, found
+
+
+def test_an_upload_is_not_written_over_before_it_has_gone(monkeypatch: Patch) -> None:
+    """More of them than there is pinned memory for, none waited for."""
+    fake = FakeGpu(policy="lazy")
+    with fake.installed(monkeypatch):
+        gpu = Gpu()
+        stream, upload = gpu.stream(), Upload(gpu, 8)
+        places = [gpu.memory(8) for _ in range(11)]
+        for i, place in enumerate(places):
+            upload.send(stream, place.address, np.full(8, i, np.uint8))
+        assert [int(stream.fetch(place.address, 8)[0]) for place in places] == list(range(11))
 
 
 # ---------------------------------------------------------------------- back and forth

@@ -16,7 +16,7 @@ from .config import PRESETS, ModelConfig
 from .errors import CfrtError
 from .weights import WEIGHTS_FILE, read_config
 
-PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "tensorrt-rtx")
+PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "cuda-python", "tensorrt-rtx")
 VARIABLES = ("CFRT_ENGINE", "CFRT_ISA", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 PROBED = 0.5

@@ -1,6 +1,6 @@
 """The gate on the machine code of the CUDA kernels: what would make them slow is a failure, without a GPU.
 
-    python -m benchmarks.sass_gate [--json FILE] [--update]
+    python -m benchmarks.sass_gate [--json FILE] [--update] [--figures cfrt/sass.json]
 
 Reads the installed `_cfrt` (any architectures that it was built for): registers, spills, shared memory, blocks a
 multiprocessor, opcodes that must and must not be there, and the predicted rates of benchmarks/sass.py. Where nvcc is,
@@ -184,10 +184,22 @@ def verdict(rows: list[dict[str, Any]], budgets: dict[str, dict[str, Any]]) -> l
     return [f"{key(row)} {row['shape'] or ''}: {said}" for row in rows for said in complaints(row, budgets)]
 
 
+FIGURES = ("kernel", "head_dim", "accumulate", "slots_per_mma", "slots_per_mma_with_cold", "tflops_low",
+           "tflops_low_with_cold", "tflops_high")  # fmt: skip
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What cfrt/predict.py needs to know of attention on an RTX 4090, once for each kernel."""
+    found = {key(row): {name: row[name] for name in FIGURES} for row in rows if row["tflops_low"] is not None}
+    made = {"made_by": "python -m benchmarks.sass_gate --figures", "label": "predicted", "arch": 89}
+    return made | {"gigahertz": sass.GIGAHERTZ, "processors": sass.PROCESSORS, "rows": list(found.values())}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--update", action="store_true", help="write what is found as the budgets")
+    parser.add_argument("--figures", type=Path, help="where to write the rates that cfrt bench --predict ships with")
     options = parser.parse_args(arguments)
     cuda = _cfrt.build_info()["cuda"]
     if cuda is None:
@@ -203,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
         BUDGETS.write_text(json.dumps(dict(sorted(budgets.items())), indent=1) + "\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.figures:
+        options.figures.write_text(json.dumps(figures(rows), indent=1) + "\n")
     failures = verdict(rows, budgets)
     for row in rows:
         rate = "" if row["tflops_low"] is None else f"{row['tflops_low']}-{row['tflops_high']} TFLOP/s (predicted)"

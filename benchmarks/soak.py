@@ -6,15 +6,15 @@ The embedded student at its own 16 frames a second, one thread, with a journal t
 over, so that growth would show. A change of prompt every ten seconds, a pause of one second and a rewind of four units
 every minute: what a person at the page does.
 
-Drift is how far the last frame of a stretch without a pause or a jump came from where the beat had it at the first one,
-in frames; stalls of more than half a frame move the beat (`cfrt.clock`), are drift, and are counted apart.
+Drift is how far the last frame of a beat came from where its first one had it, in frames. A beat ends where a pause or
+a rewind ends it, and at a stall: a frame more than half a period late, which moves the beat on purpose (`cfrt.clock`).
+What stalls have cost in all is counted apart; on an idle machine there are none.
 """
 
 import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -38,22 +38,16 @@ WARM_SECONDS = 60.0
 """After which memory is compared with itself."""
 
 
-@dataclass
-class Stretch:
-    """Frames between two events that move the beat on purpose."""
+def beats(times: np.ndarray, fps: float) -> tuple[list[np.ndarray], float]:
+    """Times of frames cut at stalls, and the frames lost to these."""
+    gaps = np.diff(times) * fps - 1
+    stalls = np.flatnonzero(gaps > JITTER)
+    return np.split(times, stalls + 1), float(gaps[stalls].sum())
 
-    fps: float
-    times: list[float] = field(default_factory=list)
 
-    def drift(self) -> float:
-        """Frames by which the last one came later than the first one's beat."""
-        if len(self.times) < 2:
-            return 0.0
-        return (self.times[-1] - self.times[0]) * self.fps - (len(self.times) - 1)
-
-    def stalls(self) -> int:
-        """Frames more than `JITTER` late after the one before: each has moved the beat."""
-        return int((np.diff(self.times) * self.fps - 1 > JITTER).sum())
+def drift(beat: np.ndarray, fps: float) -> float:
+    """Frames by which the last frame of a beat came later than the first one's time has it."""
+    return float((beat[-1] - beat[0]) * fps - (len(beat) - 1))
 
 
 def main() -> int:
@@ -71,19 +65,23 @@ def main() -> int:
 def soak(seconds: float) -> dict[str, Any]:
     with cfrt.Stream(PROMPTS[0], threads=1, journal_bytes=JOURNAL_BYTES) as stream:
         stretches, memory = _watch(stream, seconds)
-        stats = stream.stats
-    drifts = [stretch.drift() for stretch in stretches]
-    late = np.concatenate([np.diff(stretch.times) * stream.config.fps - 1 for stretch in stretches])
+        stats, fps, config = stream.stats, stream.config.fps, stream.config
+        what = (
+            f"{config.name}, {stream.engine}, {stream.precision}, 1 thread, {fps:.0f} fps, {len(config.steps)} steps, "
+            f"window {config.window}, decode included"
+        )
+    cut = [beats(np.array(times), fps) for times in stretches]
+    drifts = [drift(beat, fps) for found, _ in cut for beat in found]
+    late = np.concatenate([np.diff(beat) * fps - 1 for found, _ in cut for beat in found])
     warm = [mb for at, mb in memory if at >= min(WARM_SECONDS, seconds / 2)]
     return {
-        "what": f"{stream.config.name}, {stream.engine}, {stream.precision}, 1 thread, {stream.config.fps} fps, "
-        f"steps {len(stream.config.steps)}, window {stream.config.window}, decode included",
+        "what": what,
         "seconds": seconds,
         "load": os.getloadavg()[1],
+        "niceness": os.nice(0),
         "frames": stats.frames,
-        "stretches": len(stretches),
-        "drift_frames": {"largest": max(drifts, key=abs), "sum": sum(drifts)},
-        "stalls": sum(stretch.stalls() for stretch in stretches),
+        "drift_frames": {"largest": max(drifts, key=abs), "beats": len(drifts)},
+        "stalls": {"count": len(drifts) - len(stretches), "frames_lost": sum(lost for _, lost in cut)},
         "interval_error_frames": {"p50": float(np.median(late)), "p99": float(np.quantile(late, 0.99))},
         "unit_ms": {name: 1000 * getattr(stats.unit, name) for name in ("p50", "p95", "p99")},
         "unit_p99_over_p50": stats.unit.p99 / stats.unit.p50,
@@ -93,14 +91,15 @@ def soak(seconds: float) -> dict[str, Any]:
     }
 
 
-def _watch(stream: cfrt.Stream, seconds: float) -> tuple[list[Stretch], list[tuple[float, float]]]:
-    """The times of the frames, and resident memory every ten seconds."""
-    fps = stream.config.fps
-    stretches, memory = [Stretch(fps)], []
+def _watch(stream: cfrt.Stream, seconds: float) -> tuple[list[list[float]], list[tuple[float, float]]]:
+    """The times of the frames, in a list for each stretch between a pause or a rewind and the next, and resident memory
+    every ten seconds."""
+    stretches: list[list[float]] = [[]]
+    memory: list[tuple[float, float]] = []
     begin, tens = perf_counter(), 0
     for frame in stream.frames():
         now = perf_counter()
-        stretches[-1].times.append(now)
+        stretches[-1].append(now)
         if now - begin >= seconds:
             break
         if now - begin < 10 * (tens + 1):
@@ -112,12 +111,12 @@ def _watch(stream: cfrt.Stream, seconds: float) -> tuple[list[Stretch], list[tup
             stream.pause()
             sleep(1.0)
             stream.resume()
-            stretches.append(Stretch(fps))
+            stretches.append([])
         if tens % 6 == 0:
             unit = stream.rewind(4)
             assert unit == frame.unit - 3
-            stretches.append(Stretch(fps))
-    return stretches, memory
+            stretches.append([])
+    return [times for times in stretches if times], memory
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from .errors import EngineError, VideoError
 from .text import Text, UMT5Text
 
 
-def changed(config: ModelConfig, guidance: float | None, reference_compat: bool) -> ModelConfig:
+def changed(config: ModelConfig, guidance: float | None, schedule: str | None, reference_compat: bool) -> ModelConfig:
     """The config with what a stream may choose."""
     if guidance is not None:
         config = replace(config, guidance=guidance)
+    if schedule is not None:
+        config = replace(config, schedule=schedule)
     return config.as_reference() if reference_compat else config
 
 

@@ -1,5 +1,5 @@
-"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`, serve in
-`cfrt.serve.command`.
+"""The command `cfrt`: generate, doctor, models; bench is in `cfrt.bench`, serve in `cfrt.serve.command`; convert, pull
+and plan in `cfrt.model_commands`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -23,6 +23,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, UseAppendAction, arg, subcommand
 
 from . import __version__
+from .bench import Bench
 from .errors import CfrtError, VideoError
 from .model_commands import Convert, Plan, Pull
 from .serve.command import Serve
@@ -76,6 +77,8 @@ class Generate:
     """Decode tiles of so many latent cells a side, for less memory. Default: whole frames."""
     model: str = "tiny"
     """An embedded model (see `cfrt models`) or the folder of one."""
+    schedule: Literal["sequential", "rolling"] | None = None
+    """rolling denoises several units together, for models that were trained so. Default: the model's own."""
     reference_compat: bool = False
     """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
     engine: str = "auto"
@@ -164,6 +167,7 @@ class Generate:
             guidance=self.guidance,
             negative=self.negative,
             decoder=self.decoder,
+            schedule=self.schedule,
             reference_compat=self.reference_compat,
             tile=self.tile,
             trace=trace,
@@ -279,6 +283,7 @@ Command = (
     | Annotated[Pull, subcommand("pull")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Bench, subcommand("bench")]
 )
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -45,9 +45,9 @@ class Clip(Sequence[Picture]):
     def __iter__(self) -> Iterator[Picture]:
         return iter(self.frames)
 
-    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """(T, H, W, 3) uint8."""
-        return np.asarray(np.stack([np.asarray(frame) for frame in self.frames]), dtype=dtype)  # type: ignore[arg-type]
+        return np.stack([np.asarray(frame) for frame in self.frames]).astype(dtype or np.uint8, copy=False)
 
     def __repr__(self) -> str:
         return f"Clip({len(self)} frames, {len(self) / self.fps:.2f} s at {self.fps:g} fps)"

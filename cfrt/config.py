@@ -6,54 +6,20 @@ table knows a model's constants. No torch, no files but one JSON.
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from .blocks import Geometry
 from .errors import ConfigError
+from .fields import counts, decode, positives, require, sequence
 
 AUTOENCODERS = ("tiny", "wan", "taehv")
 TEXTS = ("table", "umt5")
-SINK_POSITIONS = ("relative", "absolute")
+SINK_POSITIONS = ("relative", "window", "absolute")
 SOLVERS = ("renoise", "euler")
-
-
-def _require(condition: bool, expected: str, got: object) -> None:
-    if not condition:
-        raise ConfigError(f"expected {expected}, got {got!r}")
-
-
-def _counts(config: object, *names: str, least: int = 1) -> None:
-    """Each named field is a whole number of at least `least`."""
-    for name in names:
-        value = getattr(config, name)
-        _require(type(value) is int and value >= least, f"{name} to be a whole number >= {least}", value)
-
-
-def _positives(config: object, *names: str) -> None:
-    """Each named field is a positive, finite number; kept as float."""
-    for name in names:
-        value = getattr(config, name)
-        _require(_is_number(value) and 0 < value < float("inf"), f"{name} to be a positive number", value)
-        object.__setattr__(config, name, float(value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _tuple(config: object, name: str, kind: type, length: int | None = None) -> tuple[Any, ...]:
-    """The named field as a tuple of `kind` (lists are what JSON gives back)."""
-    value = getattr(config, name)
-    expected = f"{name} to be a list of {'' if length is None else f'{length} '}{kind.__name__}"
-    _require(isinstance(value, tuple | list) and length in (None, len(value)), expected, value)
-    fits = _is_number if kind is float else lambda item: type(item) is kind
-    _require(all(fits(item) for item in value), expected, value)
-    found = tuple(kind(item) for item in value)
-    object.__setattr__(config, name, found)
-    return found
+SCHEDULES = ("sequential", "rolling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +38,12 @@ class AutoencoderConfig:
     """Of each latent channel, where the autoencoder's weights do not hold them; empty = 0 and 1."""
 
     def __post_init__(self) -> None:
-        _require(self.kind in AUTOENCODERS, f"autoencoder kind to be one of {', '.join(AUTOENCODERS)}", self.kind)
-        _counts(self, "latent_channels", "spatial", "temporal")
-        _require(all(width >= 1 for width in _tuple(self, "widths", int)), "autoencoder widths >= 1", self.widths)
+        require(self.kind in AUTOENCODERS, f"autoencoder kind to be one of {', '.join(AUTOENCODERS)}", self.kind)
+        counts(self, "latent_channels", "spatial", "temporal")
+        require(all(width >= 1 for width in sequence(self, "widths", int)), "autoencoder widths >= 1", self.widths)
         for name in ("mean", "std"):
-            values = _tuple(self, name, float, self.latent_channels if getattr(self, name) else 0)
-            _require(name == "mean" or all(value > 0 for value in values), "latent std > 0", values)
+            values = sequence(self, name, float, self.latent_channels if getattr(self, name) else 0)
+            require(name == "mean" or all(value > 0 for value in values), "latent std > 0", values)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -100,15 +66,15 @@ class TextConfig:
     """The prompt that guidance leads away from; a table leads away from no words at all."""
 
     def __post_init__(self) -> None:
-        _require(self.kind in TEXTS, f"text kind to be one of {', '.join(TEXTS)}", self.kind)
-        _counts(self, "width", "length")
-        _require(isinstance(self.vocab, Mapping), "vocab to map phrases to rows", self.vocab)
+        require(self.kind in TEXTS, f"text kind to be one of {', '.join(TEXTS)}", self.kind)
+        counts(self, "width", "length")
+        require(isinstance(self.vocab, Mapping), "vocab to map phrases to rows", self.vocab)
         object.__setattr__(self, "vocab", dict(self.vocab))
         for phrase, row in self.vocab.items():
-            _require(isinstance(phrase, str) and phrase == phrase.lower().strip() != "", "lower-case phrases", phrase)
-            _require(type(row) is int and row >= 1, f"a row >= 1 for {phrase!r} (row 0 is padding)", row)
-        _tuple(self, "ignored", str)
-        _require(isinstance(self.negative, str), "the negative prompt to be text", self.negative)
+            require(isinstance(phrase, str) and phrase == phrase.lower().strip() != "", "lower-case phrases", phrase)
+            require(type(row) is int and row >= 1, f"a row >= 1 for {phrase!r} (row 0 is padding)", row)
+        sequence(self, "ignored", str)
+        require(isinstance(self.negative, str), "the negative prompt to be text", self.negative)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +110,11 @@ class ModelConfig:
     sinks: int = 0
     """K: first latent frames of the stream, seen for ever."""
     sink_position: str = "relative"
-    """"relative" clamps the distance to a sink at `trained_frames` - 1; "absolute" lets it grow."""
+    """"relative" clamps the distance to a sink at `trained_frames` - 1; "window" looks at the sinks as if they were
+    right before the window (Rolling Forcing, arXiv:2509.25161); "absolute" lets it grow."""
+    schedule: str = "sequential"
+    """"sequential" makes one unit after another; "rolling" has `steps` units at as many noise levels in one pass, each
+    of which finishes the oldest (Rolling Forcing). A stream may choose the other one."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns of one token."""
     time_width: int = 256
@@ -159,50 +129,60 @@ class ModelConfig:
     generator, and sinks at their true distance. A clip then ends where its noise does."""
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.name, str) and self.name != "", "a name", self.name)
-        _require(isinstance(self.text, TextConfig), "text to be a TextConfig", self.text)
-        _require(isinstance(self.autoencoder, AutoencoderConfig), "autoencoder to be its config", self.autoencoder)
-        _counts(
+        require(isinstance(self.name, str) and self.name != "", "a name", self.name)
+        require(isinstance(self.text, TextConfig), "text to be a TextConfig", self.text)
+        require(isinstance(self.autoencoder, AutoencoderConfig), "autoencoder to be its config", self.autoencoder)
+        counts(
             self, "width", "depth", "heads", "ffn", "latent_channels", "unit", "window", "trained_frames", "time_width"
         )
-        _counts(self, "sinks", least=0)
-        _positives(self, "shift", "rope_theta", "eps", "fps", "guidance")
+        counts(self, "sinks", least=0)
+        positives(self, "shift", "rope_theta", "eps", "fps", "guidance")
         self._check_sizes()
         self._check_time()
 
     def _check_sizes(self) -> None:
-        grid, patch = _tuple(self, "latent_grid", int, 2), _tuple(self, "patch", int, 3)
-        _require(min(grid + patch) >= 1, "latent_grid and patch >= 1", (grid, patch))
-        _require(patch[0] == 1, "a patch of one latent frame (a token belongs to one frame)", patch)
+        grid, patch = sequence(self, "latent_grid", int, 2), sequence(self, "patch", int, 3)
+        require(min(grid + patch) >= 1, "latent_grid and patch >= 1", (grid, patch))
+        require(patch[0] == 1, "a patch of one latent frame (a token belongs to one frame)", patch)
         fits = grid[0] % patch[1] == 0 and grid[1] % patch[2] == 0
-        _require(fits, f"latent_grid to be a multiple of the patch {patch[1:]}", grid)
-        _require(self.width % (2 * self.heads) == 0, "width to be a multiple of 2 * heads", (self.width, self.heads))
-        _require(self.time_width % 2 == 0, "an even time_width", self.time_width)
-        _require(
+        require(fits, f"latent_grid to be a multiple of the patch {patch[1:]}", grid)
+        require(self.width % (2 * self.heads) == 0, "width to be a multiple of 2 * heads", (self.width, self.heads))
+        require(self.time_width % 2 == 0, "an even time_width", self.time_width)
+        require(
             self.autoencoder.latent_channels == self.latent_channels,
             f"the autoencoder to have latent_channels = {self.latent_channels}",
             self.autoencoder.latent_channels,
         )
         if self.rope_split is not None:
-            split, pairs = _tuple(self, "rope_split", int, 3), self.head_dim // 2
-            _require(min(split) >= 0 and sum(split) == pairs, f"rope_split to add up to {pairs} pairs", split)
+            split, pairs = sequence(self, "rope_split", int, 3), self.head_dim // 2
+            require(min(split) >= 0 and sum(split) == pairs, f"rope_split to add up to {pairs} pairs", split)
 
     def _check_time(self) -> None:
         Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
-        _require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
-        _require(
-            not self.reference_compat or self.sink_position == "absolute",
-            'sink_position "absolute" with reference_compat: the released code knows no other',
+        require(self.sink_position in SINK_POSITIONS, f"sink_position in {SINK_POSITIONS}", self.sink_position)
+        require(
+            not self.reference_compat or self.sink_position != "relative",
+            'sink_position "absolute" or "window" with reference_compat: the released code knows no other',
             self.sink_position,
         )
-        _require(self.solver in SOLVERS, f"solver in {SOLVERS}", self.solver)
-        _require(self.sinks <= self.trained_frames, f"sinks <= trained_frames = {self.trained_frames}", self.sinks)
+        require(self.solver in SOLVERS, f"solver in {SOLVERS}", self.solver)
+        require(self.sinks <= self.trained_frames, f"sinks <= trained_frames = {self.trained_frames}", self.sinks)
         whole = self.trained_frames % self.unit == 0  # so that no unit is both beyond the clip and, in part, a sink
-        _require(whole, f"trained_frames to be a multiple of the unit {self.unit}", self.trained_frames)
+        require(whole, f"trained_frames to be a multiple of the unit {self.unit}", self.trained_frames)
         for name in ("steps", "first_steps") if self.first_steps is not None else ("steps",):
-            steps = _tuple(self, name, float)
+            steps = sequence(self, name, float)
             falling = all(a > b > 0 for a, b in pairwise(steps))
-            _require(len(steps) > 0 and steps[0] == 1.0 and falling, f"{name} to fall from 1 and stay above 0", steps)
+            require(len(steps) > 0 and steps[0] == 1.0 and falling, f"{name} to fall from 1 and stay above 0", steps)
+        require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", self.schedule)
+        if self.schedule == "rolling":
+            self._check_rolling()
+
+    def _check_rolling(self) -> None:
+        require(self.solver == "renoise", 'solver "renoise" with a rolling schedule', self.solver)
+        require(self.first_steps is None, "no first_steps with a rolling schedule: units share their passes", self.name)
+        least = self.unit * len(self.steps)
+        require(self.window >= least, f"a window of {least} latent frames, all that are in one pass", self.window)
+        require(self.sinks <= self.unit, f"sinks of at most one unit ({self.unit}) with a rolling schedule", self.sinks)
 
     # ------------------------------------------------------------------ derived
 
@@ -239,6 +219,11 @@ class ModelConfig:
         return Geometry(unit=self.unit, window=self.window, sinks=self.sinks)
 
     @property
+    def joint_units(self) -> int:
+        """Units that go through a denoising pass together."""
+        return len(self.steps) if self.schedule == "rolling" else 1
+
+    @property
     def frame_size(self) -> tuple[int, int]:
         """Pixels of one frame: height, width."""
         return self.latent_grid[0] * self.autoencoder.spatial, self.latent_grid[1] * self.autoencoder.spatial
@@ -263,7 +248,8 @@ class ModelConfig:
 
     def as_reference(self) -> Self:
         """This model, run as the released code runs it."""
-        return replace(self, reference_compat=True, sink_position="absolute")
+        position = "window" if self.sink_position == "window" else "absolute"
+        return replace(self, reference_compat=True, sink_position=position)
 
     def unit_steps(self, unit: int) -> tuple[float, ...]:
         """The step list (u, before the warp) of a unit."""
@@ -279,7 +265,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The config that `to_dict` wrote. ConfigError names every unknown and every missing key."""
-        return _decode(cls, data, where="the model config")
+        return decode(cls, data, where="the model config")
 
     def save(self, path: str | Path) -> None:
         """Writes JSON."""
@@ -298,29 +284,7 @@ class ModelConfig:
             raise ConfigError(f"cannot read the model config {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON ({error}); it is damaged or not a model config") from error
-        return _decode(cls, data, where=str(path))
-
-
-_NESTED: dict[str, Any] = {"text": TextConfig, "autoencoder": AutoencoderConfig}
-
-T = TypeVar("T")
-
-
-def _decode(cls: type[T], data: Any, where: str) -> T:
-    """A dataclass from the dict that `asdict` and JSON made of it; strict about keys."""
-    _require(isinstance(data, Mapping), f"{where} to be a JSON object", data)
-    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(known))
-    missing = sorted(name for name, required in known.items() if required and name not in data)
-    if unknown or missing:
-        raise ConfigError(f"{where} does not fit this version of cfrt: unknown keys {unknown}, missing keys {missing}")
-    values = dict(data)
-    for name in _NESTED.keys() & data.keys():
-        values[name] = _decode(_NESTED[name], data[name], f"{name} in {where}")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        return decode(cls, data, where=str(path))
 
 
 # ---------------------------------------------------------------------- presets
@@ -374,6 +338,12 @@ def _wan(
     )
 
 
+def _wan_long() -> ModelConfig:
+    """The long-video student, trained by rolling windows: 21 frames in reach, the first chunk of them for ever."""
+    model = _wan("wan-1.3b-longvideo", unit=3, steps=4, window=18, sinks=3)
+    return replace(model, sink_position="window", schedule="rolling")
+
+
 def _wan_teacher(name: str, unit: int) -> ModelConfig:
     """Stage 1: 48 Euler steps, guidance 3, as arXiv:2605.15141 samples the teacher that it distils."""
     return replace(_wan(name, unit, steps=48), solver="euler", guidance=3.0)
@@ -422,7 +392,7 @@ PRESETS: dict[str, ModelConfig] = {
         _wan("wan-1.3b-framewise-ode", 1, 4),  #                         starts the DMD of A: VBench 83.75 after it
         _wan("wan-1.3b-chunkwise-cd", 3, 4),  #                          A: VBench 81.48 (causal teacher)
         _wan("wan-1.3b-framewise-cd", 1, 4),  #                          starts the DMD of B: VBench 84.10 after it
-        _wan("wan-1.3b-longvideo", 3, 4, window=18, sinks=3),  #         21 frames in reach, 3 of them anchors
+        _wan_long(),  #                           F = 3, 4 steps         Rolling Forcing's windows; no number of its own
         _wan_14b(),  #                                                   14,288,491,584 parameters
         _tiny(),  #                                                      its card, cfrt/students/tiny/card.md
     )

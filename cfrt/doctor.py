@@ -37,6 +37,7 @@ def examine(model: str = "tiny", *, probe: bool = True) -> dict[str, Any]:
         "engines": _engines(model),
         "speed": _speed(model) if probe else None,
         "cuda": _cuda(),
+        "attention": _attention(),
     }
 
 
@@ -61,6 +62,7 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     lines.append(f"processor  {_processor_line(report['processor'])}")
     lines.append(f"kernels    {_cuda_line(report['cuda'])}")
+    lines.append(f"attention  {_attention_line(report['attention'])}")
     engines = report["engines"]
     if "error" in engines:
         return "\n".join([*lines, f"engines    cannot be asked: {engines['error']}"])
@@ -147,6 +149,12 @@ def _speed_line(found: dict[str, Any]) -> str:
     )
 
 
+def _attention() -> dict[str, str | None]:
+    from .engines import gpu_attention
+
+    return gpu_attention()
+
+
 def _cuda() -> dict[str, Any] | None:
     from .engines import cuda_build
 
@@ -158,6 +166,14 @@ def _cuda_line(cuda: dict[str, Any] | None) -> str:
         return "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too"
     archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
     return f"CUDA {cuda['version']} for {archs}; wants NVIDIA driver {cuda['driver']} or newer"
+
+
+def _attention_line(refusals: dict[str, str | None]) -> str:
+    """Which attention the torch engine would ask for on a GPU, and why not the ones before it."""
+    chosen = next((name for name, reason in refusals.items() if reason is None), "none")
+    before = list(refusals)[: list(refusals).index(chosen)] if chosen in refusals else list(refusals)
+    reasons = "; ".join(f"not {name}: {refusals[name]}" for name in before)
+    return f"on a GPU the torch engine would use {chosen}" + (f" ({reasons})" if reasons else "")
 
 
 def _describe(name: str, folder: Path) -> dict[str, Any]:

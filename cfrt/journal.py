@@ -14,9 +14,11 @@ smaller still, but keys and values depend on those of the unit before, back to t
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from .config import ModelConfig
 from .engines import Latents, Memory
 
 
@@ -28,6 +30,8 @@ class Entry:
     """Frames that the unit overwrites, and the decoder's state."""
     past: tuple[tuple[int, Latents], ...]
     """The latents of the window, for a recache; each is shared by the entries that hold it."""
+    begun: Any = None
+    """What the schedule had begun; shared with the next entries likewise, and small."""
 
     @property
     def unit(self) -> int:
@@ -39,17 +43,24 @@ class Entry:
         return self.memory.nbytes + (int(self.past[-1][1].nbytes) if self.past else 0)
 
 
+def evicted_bytes(config: ModelConfig) -> int:
+    """Keys and values that a unit overwrites once the window is full, as fp32: the least that an entry holds."""
+    tokens = config.unit * config.frame_tokens * (2 if config.guided else 1)
+    return tokens * config.depth * 2 * config.width * 4
+
+
 class Journal:
     """Entries of consecutive units under a cap of bytes; the oldest go first. One thread writes, any may read `oldest`.
 
-    Where a single entry is above the cap there is no journal, and after the first unit no work for it."""
+    Where a single entry is above the cap there is no journal and, where that is known before, no work for one."""
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, *, least: int = 0) -> None:
+        """least: what an entry will have at the least, once the window is full."""
         self._entries: deque[Entry] = deque()
         self.cap = cap
         self.nbytes = 0
-        self.largest = 0
-        """Bytes of the largest entry that ever was added."""
+        self.largest = least
+        """Bytes of the largest entry that there was, or is sure to come."""
 
     @property
     def off(self) -> bool:
@@ -107,8 +118,8 @@ class Journal:
 
     def copy(self) -> "Journal":
         """A journal of the same past that goes its own way; entries are shared."""
-        twin = Journal(self.cap)
-        twin._entries, twin.nbytes, twin.largest = deque(self._entries), self.nbytes, self.largest
+        twin = Journal(self.cap, least=self.largest)
+        twin._entries, twin.nbytes = deque(self._entries), self.nbytes
         return twin
 
     def _append(self, entry: Entry) -> None:

@@ -8,16 +8,16 @@ asked for again is taken back first, one unit for free (the ring's spare slots),
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import flow
 from .config import ModelConfig
 from .engines import Engine, Latents, Memory
 from .journal import Entry, Journal
+from .schedule import Calls, schedule
 from .stats import Meters
 from .timeline import Timeline
 from .trace import Hook
@@ -41,6 +41,8 @@ class Past(NamedTuple):
     """The units that the stream went on from."""
     recached: int | None
     """The unit before which the window was last committed again, if that is the next one."""
+    begun: Any = None
+    """What the schedule has begun."""
 
 
 class Maker:
@@ -60,7 +62,10 @@ class Maker:
     ) -> None:
         self.engine, self.journal = engine, journal
         self.started = 0
-        self._config, self._fuse, self._meters, self._span = config, fuse, meters, span
+        self._schedule = schedule(engine, config)
+        self._begun: Any = None  # what it had begun before the last unit
+        self._config, self._meters, self._span = config, meters, span
+        self._fuse = fuse and self._schedule.fuses
         self._prefix = prefix  # pictures to go on from
         self._given: tuple[Latents, ...] = ()  # the units that they make, once encoded
         self._seed = seed
@@ -79,9 +84,7 @@ class Maker:
             if rows is not None and self._recached != unit:
                 self._recommit(unit, rows)
             self._read(timeline.at(unit).rows)
-            self._reseed(timeline.seed(unit))
-            start = perf_counter()
-            latents = self._denoise(unit, stale)
+            latents, start = self._denoise(unit, timeline, stale)
             if latents is None:
                 return None
             denoised = perf_counter()
@@ -125,31 +128,30 @@ class Maker:
             self._take_back(unit)
         if not self.journal.off and not self.journal.holds(unit):
             evicted = self._config.geometry.evicted_by(unit)
-            self.journal.add(Entry(self.engine.memory(range(*evicted)), tuple(self._past)))
+            self.journal.add(Entry(self.engine.memory(range(*evicted)), tuple(self._past), self._schedule.state()))
+        self._begun = self._schedule.state()
         self.started = unit + 1
 
-    def _denoise(self, unit: int, stale: Callable[[], bool]) -> Latents | None:
-        """Clean latents of a unit. The pictures that a stream goes on from are its first units, and the one after them
-        has the step list of a first unit (as in image-to-video of arXiv:2602.02214's code)."""
+    def _denoise(self, unit: int, timeline: Timeline, stale: Callable[[], bool]) -> tuple[Latents | None, float]:
+        """Clean latents of a unit, and when its first pass began. The pictures that a stream goes on from are its first
+        units, and the one after them has the step list of a first unit (as in image-to-video of arXiv:2602.02214's
+        code)."""
         given = self.given()
         if unit < len(given):
             self._settle()  # no pass of this unit will take the commit along
-            return None if stale() else given[unit]
-        engine, config, span = self.engine, self._config, self._span
-        levels = flow.sigmas(config.unit_steps(unit - len(given)), config.shift)
-        with span("noise"):
-            x = engine.noise(unit, 0)
-        for step, (s, s_next) in enumerate(pairwise((*levels, 0.0))):
-            if stale():
-                return None
-            if step > 0 and config.solver == "renoise":
-                with span("noise"):
-                    x = flow.renoise(x, engine.noise(unit, step), s)
-            owed, self._owed = self._owed, None
-            with span(f"denoise {step}"):
-                x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=None if owed is None else owed[1])
-            x = x0 if config.solver == "renoise" else flow.euler(x, flow.v_from_x0(x, x0, s), s, s_next)
-        return x
+            return None if stale() else given[unit], perf_counter()
+        calls = Calls(stale, timeline, partial(self._noise, timeline), self._take_owed, self._span)
+        return self._schedule.make(unit, unit - len(given), calls), self._schedule.began
+
+    def _noise(self, timeline: Timeline, unit: int, step: int) -> Latents:
+        with self._span("noise"):
+            self._reseed(timeline.seed(unit))
+            return self.engine.noise(unit, step)
+
+    def _take_owed(self) -> Latents | None:
+        """The clean latents of the unit before, if the next pass is to commit them; then they are no longer owed."""
+        owed, self._owed = self._owed, None
+        return None if owed is None else owed[1]
 
     def given(self) -> tuple[Latents, ...]:
         """The units that the stream goes on from."""
@@ -186,6 +188,7 @@ class Maker:
     def _take_back(self, unit: int) -> None:
         """Forgets the last unit begun, made or half made."""
         self._forget(unit)
+        self._schedule.load(self._begun)
         self.engine.rewind(unit)
 
     def go_back(self, unit: int) -> None:
@@ -195,6 +198,7 @@ class Maker:
         self._past.clear()
         self._past.extend(entry.past)
         self._recached = None
+        self._schedule.load(entry.begun)
         self.engine.recall(entry.memory)
 
     def _forget(self, unit: int) -> None:
@@ -213,7 +217,7 @@ class Maker:
             self._take_back(unit)
         self._settle()
         recached = self._recached if self._recached == unit else None
-        past = Past(tuple(self._past), self.given(), recached)
+        past = Past(tuple(self._past), self.given(), recached, self._schedule.state())
         if not portable:
             return self.engine.snapshot(), past
         host = self.engine.host
@@ -229,6 +233,7 @@ class Maker:
             past = Past(latents, tuple(map(place, past.given)), past.recached)
         else:
             self.engine.restore(state)
+        self._schedule.load(past.begun)
         self._owed, self._reading, self._prefix = None, None, None
         self._given, self._recached, self.started = past.given, past.recached, unit
         self._past.clear()

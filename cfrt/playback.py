@@ -33,7 +33,8 @@ class Playback:
         self.dropped = 0
         self._config = config
         self._clock = Clock(fps, live=live)
-        self._shown = -1  # index of the last frame handed out
+        self.position = -1
+        """Index of the last frame handed out, or jumped to."""
         self._gate = math.inf  # the first frame that a pause holds back
 
     # ------------------------------------------------------------------ position
@@ -46,9 +47,9 @@ class Playback:
         """Index of the frame on show: the last one handed out or, for a live stream, the newest by the clock; -1 before
         the first."""
         if not self.live:
-            return self._shown
-        made = self.queue[-1].index if self.queue else self._shown
-        return max(self._shown, int(min(self._clock.newest(now), made, self._gate - 1)))
+            return self.position
+        made = self.queue[-1].index if self.queue else self.position
+        return max(self.position, int(min(self._clock.newest(now), made, self._gate - 1)))
 
     def unit(self, now: float) -> int:
         """The unit of the frame on show."""
@@ -82,7 +83,7 @@ class Playback:
             return Due(wait=wait)
         frame = self.queue.popleft()
         self._clock.tick(index, now)
-        self._shown, self.last = index, frame
+        self.position, self.last = index, frame
         return Due(frame)
 
     def forget_from(self, unit: int) -> None:
@@ -101,8 +102,8 @@ class Playback:
     def pause(self, now: float) -> None:
         """Closes the gate after the frame on show."""
         self._drop_late(now)
-        self._shown = self.shown(now)
-        self._gate = self._shown + 1
+        self.position = self.shown(now)
+        self._gate = self.position + 1
         self._clock.reset()
 
     def resume(self) -> None:
@@ -122,7 +123,7 @@ class Playback:
 
     def jump(self, shown: int, queue: Iterable[Frame] = ()) -> None:
         """Frame `shown` is now the last one handed out, and `queue` comes next; a gate that is closed moves along."""
-        self._shown, self.queue = shown, deque(queue)
+        self.position, self.queue = shown, deque(queue)
         self._clock.reset()
         if self.paused:
             self._gate = shown + 1

@@ -28,11 +28,11 @@ from .arguments import beat, changed, continuation, count, reader
 from .bundle import Bundle, is_bundle
 from .clip import Clip, panel
 from .engines import Engine, Spec, choose
-from .errors import CfrtError, EngineError
+from .errors import CfrtError, EngineError, SnapshotError
 from .frame import Frame
-from .journal import Journal
+from .journal import Journal, evicted_bytes
 from .maker import Maker
-from .snapshot import Origin, Snapshot, portable
+from .snapshot import Origin, Snapshot, in_fp32
 from .stats import Meters, Stats
 from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
@@ -74,6 +74,7 @@ class Stream:
         own (teachers have both, students need neither). More than 1 doubles the work and the ring.
     decoder: "taehv" for the small decoder of Wan's latents, where the model's folder has it; None the model's own.
     tile: latent cells along the side of the tiles that are decoded at once, for less memory and blended seams.
+    schedule: "sequential" or "rolling" (`ModelConfig.schedule`); None the model's own.
     reference_compat: as the released inference code does it (`ModelConfig.reference_compat`).
     journal_bytes: host memory for `rewind`, as far as it is needed; 0 for none.
     trace: called around every stage of the work (`cfrt.trace`).
@@ -100,6 +101,7 @@ class Stream:
         negative: str | None = None,
         decoder: str | None = None,
         tile: int | None = None,
+        schedule: Literal["sequential", "rolling"] | None = None,
         reference_compat: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         trace: Hook | None = None,
@@ -112,7 +114,7 @@ class Stream:
             raise ValueError(f"expected journal_bytes >= 0, got {journal_bytes}")
         folder = students.find(model)
         config, weights = load_model(folder)
-        self.config = changed(config, guidance, reference_compat)
+        self.config = changed(config, guidance, schedule, reference_compat)
         self._text = encoder(self.config, weights, folder) if text is None else reader(self.config, text)
         self._prompt, rows = prompt, self._encode(prompt).rows
         self._fps, self._live, self._trace = beat(self.config, fps, keep), keep == "latest", trace
@@ -133,8 +135,9 @@ class Stream:
         chosen, self.refusals = choose(engine, self._spec)
         made = chosen()
         made.prepare(self._spec)
+        journal = Journal(journal_bytes, least=evicted_bytes(self.config))
         self.engine, self.precision, self.seed = chosen.name, made.precision, seed
-        self._start(made, Timeline(prompt, rows, seed), Journal(journal_bytes), prefix, born)
+        self._start(made, Timeline(prompt, rows, seed), journal, prefix, born)
 
     def _start(
         self,
@@ -275,7 +278,13 @@ class Stream:
         Exact, for a stream of the same model, engine and precision, which then goes on bit for bit; or `portable`: keys
         and values as fp32 by frame, for any engine and for a file (`Snapshot.save`). A portable one is as exact where
         the engine keeps no more than fp32."""
-        return self._snapshot(portable)
+        self._refuse_compat("take snapshots")
+        if portable and self.config.schedule == "rolling":
+            raise SnapshotError(
+                "a rolling schedule has units half made, which only an exact snapshot holds: snapshot()"
+            )
+        state = self._worker.save(portable=portable)
+        return Snapshot(self._origin, in_fp32(state) if portable else state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on as the snapshot's stream did, with its prompt and seed, at this stream's pace, paused if it is. What
@@ -375,10 +384,6 @@ class Stream:
                     continue
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), due.wait)
-
-    def _snapshot(self, on_host: bool) -> Snapshot:
-        state = self._worker.save(portable=on_host)
-        return Snapshot(self._origin, portable(state) if on_host else state)
 
     @cached_property
     def _origin(self) -> Origin:

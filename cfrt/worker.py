@@ -75,16 +75,18 @@ class Worker:
         self._timeline = timeline
         self._playback = Playback(config, fps, live=live)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        if state is not None:
-            self._tasks.append((partial(self._load, state), Future()))
         self._listeners: list[Callable[[], None]] = []
         self._next = 0  # the first unit that is not started
         self._called_off = 0  # times that the unit after the one on show was taken back
         self._awaited: tuple[int, float] | None = None  # unit of the last change of prompt, when it was asked for
         self._closed = False
         self._error: BaseException | None = None
+        with self._lock:
+            loaded = None if state is None else self._post(partial(self._load, state))
         self._thread = threading.Thread(target=self._run, name="cfrt-stream", daemon=True)
         self._thread.start()
+        if loaded is not None:
+            loaded.result()  # before anybody asks where the stream is
 
     # ------------------------------------------------------------------ the consumer's side: frames
 
@@ -152,7 +154,7 @@ class Worker:
         with self._lock:
             unit = self._turn(flush or recache)
             self._timeline.change(unit, text, rows, blend_units, blend=blend, recache=recache)
-            self._awaited = (unit, asked)
+            self._awaited = None if self.paused else (unit, asked)
             done = self._post(self._recache) if recache else None
         return unit, None if done is None else done.result()
 
@@ -200,7 +202,10 @@ class Worker:
 
     def branch(self) -> tuple[Engine, State]:
         """What a second stream with the same past needs."""
-        return self._call(self._branch)
+        engine, state = self._call(self._branch)
+        if isinstance(engine, Exception):
+            raise engine
+        return engine, state
 
     def stats(self) -> Stats:
         """What has been measured so far."""
@@ -233,13 +238,13 @@ class Worker:
             return Due(closed=True)
         if self._error is not None and not self._playback.queue:
             raise self._error
-        before, due = self._playback.last, self._playback.due(perf_counter())
+        before, due = self._playback.position, self._playback.due(perf_counter())
         if due.frame is not None:
             self._handed_out(due.frame, before)
         return due
 
-    def _handed_out(self, frame: Frame, before: Frame | None) -> None:
-        if before is None or frame.unit != before.unit:
+    def _handed_out(self, frame: Frame, before: int) -> None:
+        if frame.unit != self._config.unit_at(before):
             self._called_off = 0
         self._meters.frames += 1
         if self._awaited is not None and frame.unit >= self._awaited[0]:
@@ -266,7 +271,8 @@ class Worker:
             self._called_off += 1
             self._forget_from(unit)
         oldest = self._maker.journal.oldest
-        self._timeline.forget(max(0, unit - 1 if oldest is None else min(oldest, unit - 1)))
+        earliest = self._playing() + 1 if oldest is None else min(oldest, self._playing() + 1)
+        self._timeline.forget(max(0, earliest - 1))  # a change of that unit may be blended with the one before it
         self._notify()
         return unit
 
@@ -399,9 +405,13 @@ class Worker:
         engine, past = self._maker.save(unit, portable=portable)
         return State(engine=engine, past=past, next=unit, shown=shown, queue=queue, timeline=timeline)
 
-    def _branch(self) -> tuple[Engine, State]:
-        state = self._save(portable=False)
-        return self._maker.engine.twin(), replace(state, journal=self._maker.journal.copy())
+    def _branch(self) -> tuple[Engine | Exception, State]:
+        """Where there is no room for a second engine, the first one goes on."""
+        state = replace(self._save(portable=False), journal=self._maker.journal.copy())
+        try:
+            return self._maker.engine.twin(), state
+        except Exception as error:
+            return error, state
 
     def _load(self, state: State) -> None:
         journal = None if state.journal is None else state.journal.copy()

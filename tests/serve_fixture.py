@@ -1,6 +1,9 @@
 """A server of `cfrt serve` in a thread of the test process, on a free port of this machine."""
 
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,3 +71,16 @@ def tool(*names: str) -> str:
     if found is None:
         pytest.skip(f"no {names[0]}; apt-get install {names[0]}")
     return found
+
+
+@contextmanager
+def process(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`cfrt serve` as a process of its own, and its address."""
+    command = [sys.executable, "-m", "cfrt", "serve", "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().split()[-1], server
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=20)

@@ -192,6 +192,7 @@ class Control(RuleBasedStateMachine):
     def branch(self, ahead: int) -> None:
         """The old stream is checked and left; the branch goes on."""
         twin = self.stream.branch()
+        assert (twin.unit, twin.reach, twin.changes[-1]) == (self.unit, self.stream.reach, self.stream.changes[-1])
         seen = list(self.seen)
         self.resume()
         self.watch(ahead)
@@ -344,6 +345,23 @@ def test_rewind_is_exact_in_every_precision(precision: str, open_stream: Callabl
         np.testing.assert_array_equal(pixels(stream.frames(90 - cut)), first[cut:])
 
 
+@pytest.mark.parametrize("cap", [0, 4000])
+def test_a_blended_change_reads_what_was_before_it_however_far_back(
+    cap: int, open_stream: Callable[..., cfrt.Stream]
+) -> None:
+    """What a timeline may forget: nothing that a change could still be blended with."""
+    stream = open_stream(journal_bytes=cap)
+    for _ in range(30):
+        list(stream.frames(5))
+        assert stream.prompt(BLUE, flush=False).unit > stream.prompt(RED, blend_units=2).unit - 1
+        stream.prompt("a square at night", blend_units=1)
+    if cap:
+        oldest = stream.rewind(stream.reach)
+        assert stream.prompt(BLUE, blend_units=3).unit == oldest
+        assert {frame.prompt for frame in stream.frames(8)} == {BLUE}
+    assert len(stream.changes) < 60
+
+
 # ---------------------------------------------------------------------- snapshots and branches
 
 
@@ -438,6 +456,20 @@ def test_a_file_that_was_made_up_is_refused(
     save_file(tensors, path, {**metadata, "header": text, "sha256": _digest(text, tensors)})
     with pytest.raises(cfrt.SnapshotError, match="version 1" if wrong == "version" else "does not describe a stream"):
         cfrt.Snapshot.load(path)
+
+
+def test_where_there_is_no_room_for_a_branch_the_stream_goes_on(
+    open_stream: Callable[..., cfrt.Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: NativeEngine) -> NativeEngine:
+        raise MemoryError("no room")
+
+    stream = open_stream()
+    list(stream.frames(6))
+    monkeypatch.setattr(NativeEngine, "twin", full)
+    with pytest.raises(MemoryError, match="no room"):
+        stream.branch()
+    np.testing.assert_array_equal(pixels(stream.frames(15)), pixels(open_stream().frames(21))[6:])
 
 
 # ---------------------------------------------------------------------- pause, asyncio, live

@@ -11,7 +11,7 @@ from student_fixture import random_weights, small_config
 
 from cfrt import engines, flow
 from cfrt.config import ModelConfig
-from cfrt.engines import Engine, Spec, choose, names, refusal
+from cfrt.engines import Engine, Memory, Spec, choose, names, refusal
 from cfrt.engines.native import NativeEngine
 from cfrt.engines.onnx import OnnxEngine
 from cfrt.engines.torch import TorchEngine
@@ -97,6 +97,42 @@ def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int], prepared: P
     engine.rewind(6)
     engine.set_text(rows(1))
     np.testing.assert_array_equal(np.concatenate(advance(engine, config, range(6, 8))), np.concatenate(expected[6:]))
+
+
+in_core = pytest.mark.parametrize(
+    "prepared", [(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"], indirect=True
+)
+"""Engines of bundles have tests of their own."""
+
+
+@in_core
+@geometries
+def test_recalling_what_was_overwritten_is_going_back(geometry: dict[str, int], prepared: Prepared) -> None:
+    """What each unit evicts, and the decoder's state before the first of them, undo three units; a twin of the engine
+    that is given all frames in sight goes on alike."""
+    config = small_config(**geometry)
+    engine = prepared(config)
+    advance(engine, config, range(6))
+    seen, undone, expected = engine.memory(range(6 * config.unit)), [], []
+    for unit in range(6, 9):
+        undone.append(engine.memory(range(*config.geometry.evicted_by(unit))))
+        expected += advance(engine, config, range(unit, unit + 1))
+    keys = {frame: kv for memory in reversed(undone) for frame, kv in memory.keys.items() if frame < 6 * config.unit}
+    engine.recall(Memory(unit=6, keys=keys, decoder=undone[0].decoder))
+    twin = engine.twin()
+    twin.set_text(rows(1))
+    twin.recall(seen)
+    for one in (engine, twin):
+        np.testing.assert_array_equal(np.stack(advance(one, config, range(6, 9))), np.stack(expected))
+
+
+@in_core
+def test_a_memory_of_another_model_is_refused(prepared: Prepared) -> None:
+    engine, other = prepared(small_config()), prepared(small_config(width=48))
+    for one in (engine, other):
+        advance(one, small_config(), range(3))
+    with pytest.raises(EngineError, match="another model"):
+        engine.recall(other.memory(range(3)))
 
 
 def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:

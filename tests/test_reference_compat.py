@@ -1,68 +1,21 @@
-"""`reference_compat`: the released inference loop, written out as it is there, gives the same clip."""
+"""`reference_compat`: its draws of noise, its limits, its command. tests/test_released.py holds whole clips against the
+released loops."""
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from student_fixture import save_student, small_config
 
 import cfrt
-from cfrt import cli, flow
+from cfrt import cli
 from cfrt.engines import Spec, choose
-from cfrt.engines.torch import TorchEngine
 from cfrt.errors import ConfigError, EngineError
-from cfrt.nn.dit import CausalDiT
 from cfrt.nn.reference_noise import ReferenceNoise
-from cfrt.nn.ring import RingCache
-from cfrt.weights import load_model, part
 
 pytestmark = pytest.mark.cpu
 
 TWO = small_config(sinks=1)
-THREE = replace(TWO, unit=3, window=6, first_steps=None, trained_frames=9)
-
-
-@torch.no_grad()
-def released_loop(config, weights, rows, seed):
-    """Clean latents [1, T, C, h, w]: noise of the clip first, then one draw for each re-noising, from one generator."""
-    network = CausalDiT.from_arrays(config, part(weights, "dit")).eval()
-    ring = RingCache(config, 1, torch.float32, torch.device("cpu"))
-    text = network.text_kv(torch.from_numpy(rows)[None, None])
-    torch.manual_seed(seed)
-    noise = torch.randn(1, config.trained_frames, config.latent_channels, *config.latent_grid)
-    clip = []
-    for unit in range(config.trained_frames // config.unit):
-        x = noise[:, unit * config.unit : (unit + 1) * config.unit]
-        levels = flow.sigmas(config.unit_steps(unit), config.shift)
-        for i, s in enumerate(levels):
-            x0 = flow.x0_from_v(x, network.step(x, torch.full((1,), 1000 * s), text, ring, unit), s)
-            if i + 1 < len(levels):
-                x = flow.add_noise(x0, torch.randn_like(x0.flatten(0, 1)).unflatten(0, (1, -1)), levels[i + 1])
-        network.commit(x0, text, ring, unit)
-        clip.append(x0)
-    return torch.cat(clip, dim=1)
-
-
-@pytest.mark.parametrize("config", [TWO, THREE], ids=["F=1", "F=3"])
-def test_the_released_loop(tmp_path, config):
-    folder = save_student(tmp_path / "model", config)
-    config, weights = load_model(folder)
-    rows = np.random.default_rng(0).normal(size=(config.text.length, config.text.width)).astype(np.float32)
-    expected = released_loop(config.as_reference(), weights, rows, seed=5)
-    engine = TorchEngine()
-    engine.prepare(Spec(config=config.as_reference(), weights=weights, precision="fp32", seed=5))
-    engine.set_text(rows)
-    clip = []
-    for unit in range(config.trained_frames // config.unit):
-        x = engine.noise(unit, 0)
-        levels = flow.sigmas(config.unit_steps(unit), config.shift)
-        for step, s in enumerate(levels):
-            x = flow.add_noise(x, engine.noise(unit, step), s) if step else x
-            x = engine.denoise(x, 1000 * s, unit)
-        engine.commit(x, unit)
-        clip.append(x)
-    assert torch.allclose(torch.cat(clip, dim=1), expected, rtol=0, atol=1e-5)
 
 
 def test_a_stream_makes_one_clip(tmp_path):
@@ -76,6 +29,18 @@ def test_a_stream_makes_one_clip(tmp_path):
         assert [frame.index for frame in frames] == list(range(total))
         with pytest.raises(EngineError, match="clip of 6 latent frames"):
             next(stream.frames(1))
+
+
+def test_what_would_draw_noise_again_is_refused_before_it_does(tmp_path):
+    folder = save_student(tmp_path / "model", TWO)
+    with cfrt.Stream("a red circle", model=folder, reference_compat=True, fps="max") as stream:
+        first = [next(stream.frames()).index for _ in range(3)]
+        for call in (lambda: stream.reseed(1), lambda: stream.rewind(1), stream.snapshot, stream.branch):
+            with pytest.raises(EngineError, match="leave it out"):
+                call()
+        stream.pause()
+        stream.resume()
+        assert [*first, next(stream.frames()).index] == [0, 1, 2, 3]
 
 
 def test_units_come_once_and_in_order():

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import importlib
 import json
 import re
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import av
@@ -21,7 +23,7 @@ import pytest
 import websockets.exceptions
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from prometheus_client.parser import text_string_to_metric_families
-from serve_fixture import OTHER, PROMPT, Served, running, tool
+from serve_fixture import OTHER, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
 from cfrt.serve import formats, rtc
@@ -30,6 +32,7 @@ from cfrt.serve.limits import Bucket, Limits
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
+ROOT = Path(__file__).parents[1]
 GENEROUS = Limits(creations_per_minute=6000, messages_per_second=1000)
 
 
@@ -167,33 +170,15 @@ def test_nobody_watching_means_no_work(served: Served, name: str) -> None:
 # ---------------------------------------------------------------------- formats
 
 
-def test_ffmpeg_reads_the_mp4_stream(served: Served, name: str) -> None:
-    source = f"{served.url}/streams/{name}/frames?format=mp4&scale=2"
-    command = [
-        tool("ffmpeg"),
-        "-v",
-        "error",
-        "-i",
-        source,
-        "-frames:v",
-        "12",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-",
-    ]
-    done = subprocess.run(command, capture_output=True, timeout=60)
+@pytest.mark.parametrize(("query", "options", "side"), [("mp4&scale=2", [], 128), ("mjpeg", ["-f", "mpjpeg"], 64)])
+def test_ffmpeg_reads_the_stream(served: Served, name: str, query: str, options: list[str], side: int) -> None:
+    source = [*options, "-i", f"{served.url}/streams/{name}/frames?format={query}"]
+    sink = ["-frames:v", "12", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run([tool("ffmpeg"), "-v", "error", *source, *sink], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    film = np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, 128, 128, 3)
+    film = np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, side, side, 3)
     assert len(film) == 12
     assert colour(film[-1]) == "red"
-
-
-def test_curl_reads_the_jpegs(served: Served, name: str) -> None:
-    command = [tool("curl"), "-sN", "--max-time", "1", f"{served.url}/streams/{name}/frames?format=mjpeg"]
-    output = subprocess.run(command, capture_output=True, timeout=60).stdout
-    assert output.count(f"--{formats.BOUNDARY}".encode()) >= 8
 
 
 def test_a_jpeg_keeps_the_edges_of_colours() -> None:
@@ -541,17 +526,12 @@ def test_a_failure_of_our_own_shows_no_traceback(served: Served, name: str, monk
 
 
 def test_the_command_serves_and_ends() -> None:
-    command = [sys.executable, "-m", "cfrt", "serve", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        url = process.stdout.readline().split()[-1]
+    with process() as (url, server):
         client = Client(url)
-        stream = client.stream(PROMPT)
-        frames = stream.frames()
-        next(frames)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) in (0, 130)
-        frames.close()
+        with closing(client.stream(PROMPT).frames()) as frames:
+            next(frames)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) in (0, 130)
     with pytest.raises(ServerError, match="start it with: cfrt serve"):
         client.model()
 
@@ -574,12 +554,28 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "pip install 'cfrt[serve]'" in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_named(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    from cfrt.cli import main
+
+    assert main(["serve", "--port", str(served.port)]) == 1
+    assert f"cannot listen at 127.0.0.1:{served.port}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--port", "70000"], ["--streams", "0"], ["--idle", "0"], ["--token", "\n"]])
 def test_a_bad_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from cfrt.cli import main
 
     assert main(["serve", *arguments]) == 1
     assert arguments[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_the_docs_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python tools/serving.py` would change nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tables = importlib.import_module("serving")
+    kept = json.loads(tables.KEPT.read_text(encoding="utf-8"))
+    assert tables.section(kept) in tables.PAGE.read_text(encoding="utf-8")
+    assert max(row["overhead_p50_ms"] for rows in kept["viewers"].values() for row in rows) < 3
 
 
 def _texts(socket: Any, count: int) -> list[str]:

@@ -17,7 +17,7 @@ from cfrt.serve.messages import Control
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
 ENDLESS = Limits(streams=3, viewers=4, creations_per_minute=1e6, messages_per_second=1e6)
-QUICK = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 ATTACKS = [
     "'; DROP TABLE streams; --",

@@ -123,7 +123,7 @@ def test_a_prompt_changes_the_picture_by_webrtc(open_page: Open) -> None:
     page = open_page()
     say(page, PROMPT)
     eventually(page, lambda: colour(page) == "red")
-    page.wait_for_function("document.querySelector('#link span').textContent === 'WebRTC'")
+    page.wait_for_selector("#link:has-text('WebRTC')")
     say(page, OTHER)
     eventually(page, lambda: colour(page) == "blue")
     eventually(page, lambda: re.fullmatch(r"[\d.]+ms", page.inner_text("#t-change")))
@@ -158,6 +158,8 @@ def test_the_keyboard_does_it_all(open_page: Open) -> None:
     eventually(page, lambda: unit(page) >= 6)
     page.press("body", "Space")
     eventually(page, lambda: page.get_attribute("#pause", "aria-pressed") == "true")
+    settled(page)
+    page.press("body", ".")  # to the end of the unit on show
     paused = settled(page)
     page.press("body", ".")
     eventually(page, lambda: unit(page) == paused + 1)
@@ -176,6 +178,7 @@ def test_the_keyboard_does_it_all(open_page: Open) -> None:
     assert page.get_attribute("#smooth", "aria-checked") == "true"
 
 
+@pytest.mark.slow
 def test_the_slider_shows_and_rewinds(open_page: Open) -> None:
     page = open_page()
     say(page, PROMPT)
@@ -219,6 +222,7 @@ def test_a_reload_and_another_tab_go_on_with_the_same_stream(open_page: Open, se
     assert served.state(address.split("s=")[1])["viewers"] >= 2
 
 
+@pytest.mark.slow
 def test_a_branch_goes_its_own_way_beside_the_first(open_page: Open) -> None:
     page = open_page()
     say(page, PROMPT)
@@ -263,6 +267,7 @@ def test_everything_has_a_name_for_those_who_do_not_see_it(open_page: Open) -> N
     assert nameless == []
 
 
+@pytest.mark.slow
 def test_the_apis_own_page(open_page: Open, served: Served, browser: Browser) -> None:
     page = open_page()
     page.goto(f"{served.url}/docs")
@@ -285,6 +290,7 @@ def test_a_server_that_died_is_found_again(open_page: Open) -> None:
         eventually(page, lambda: colour(page) == "blue")
 
 
+@pytest.mark.slow
 def test_a_token_comes_in_by_the_address_and_leaves_it(open_page: Open) -> None:
     with running(token="a secret", limits=GENEROUS) as guarded:
         page = open_page(f"{guarded.url}/#token=a+secret")

@@ -68,6 +68,8 @@ class Spec:
             "another decoder": self.decoder is not None,
             "tiles": self.tile is not None,
             "reference noise": self.config.reference_compat,
+            "a rolling schedule": self.config.schedule == "rolling",
+            "sinks that stay before the window": self.config.sink_position == "window" and self.config.sinks > 0,
         }
         return frozenset(name for name, wanted in asked.items() if wanted)
 
@@ -81,7 +83,8 @@ class Memory:
     """Keys and values of whole latent frames, each [layers, 2, B, N, H, D], keys turned to their absolute position
     and the two numbers of a rotary pair side by side, as Wan has them."""
     decoder: tuple[np.ndarray, ...]
-    """What the decoder keeps of the frames before; empty where the stream begins."""
+    """What the decoder keeps of the frames before, in the order in which its layers run, each with the clips as its
+    first axis (one): [1, C, h, w] for the small autoencoder. Empty where the stream begins."""
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +127,14 @@ class Engine(Protocol):
     def denoise(self, latents: Latents, t: float, unit: int, commit: Latents | None = None) -> Latents:
         """The estimate of x0 from latents at time t = 1000 s. `commit`: the previous unit's clean latents, remembered
         in the same pass, under the same text; EngineError where the engine cannot."""
+        ...
+
+    def denoise_jointly(
+        self, latents: Sequence[Latents], times: Sequence[float], unit: int, texts: Sequence[np.ndarray]
+    ) -> Sequence[Latents]:
+        """`denoise` of consecutive units from `unit` on in one pass, each at its own time and reading its own rows.
+        They see each other whole, and what the last of them sees of the past; the ring stays as it is. Only asked of
+        engines that have the feature "a rolling schedule"."""
         ...
 
     def commit(self, latents: Latents, unit: int) -> None:
@@ -260,6 +271,20 @@ def cuda_build() -> dict[str, Any] | None:
 
     built = build_info()["cuda"]
     return None if built is None else {**built, "driver": cuda.least_driver()}
+
+
+def gpu_attention() -> dict[str, str | None]:
+    """Why each attention that the torch engine may ask for on GPU 0 in bf16 would not run, or None, in its order."""
+    refusals: dict[str, str | None] = {"cuda": "the native core is not installed", "flash": None, "sdpa": None}
+    if find_spec("_cfrt") is not None:
+        from _cfrt import cuda
+
+        refusals["cuda"] = cuda.refusal(0)
+    if find_spec("flash_attn") is None:
+        refusals["flash"] = "flash-attn is not installed: pip install 'cfrt[flash]'"
+    if find_spec("torch") is None:
+        refusals["sdpa"] = "torch is not installed: pip install 'cfrt[torch]'"
+    return refusals
 
 
 def choose(name: str, spec: Spec) -> tuple[type[Engine], dict[str, str]]:

@@ -86,7 +86,7 @@ class NativeEngine:
         self._before: tuple[int, np.ndarray | None] = (0, None)
 
     def twin(self) -> "NativeEngine":
-        """The network's packed weights are in memory once; those of the decoder, a tenth of them, twice."""
+        """The network's packed weights are in memory once; those of the autoencoder, 5 MB, are packed again."""
         twin = NativeEngine()
         twin.precision = self.precision
         threads = kernels.Threads(self._spec.threads or physical_cores())

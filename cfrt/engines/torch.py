@@ -4,7 +4,7 @@ Bytes are the same for the same seed, device, precision and number of threads. `
 process-wide number; without it that is left alone.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import noise
 from ..errors import EngineError
 from ..flow import TIME_SCALE, guide, x0_from_v
-from ..nn.attention import cuda_refusal
+from ..nn.attention import fastest
 from ..nn.autoencoder import Autoencoder
 from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
@@ -54,7 +54,15 @@ class TorchEngine:
     name: ClassVar[str] = "torch"
     fuses: ClassVar[bool] = True
     features: ClassVar[frozenset[str]] = frozenset(
-        {"guidance", "a film to go on from", "another decoder", "reference noise", "tiles"}
+        {
+            "guidance",
+            "a film to go on from",
+            "another decoder",
+            "reference noise",
+            "tiles",
+            "a rolling schedule",
+            "sinks that stay before the window",
+        }
     )
 
     @classmethod
@@ -76,16 +84,15 @@ class TorchEngine:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self._spec, self._config = replace(spec, weights={}), spec.config
-        self.precision = "fp32" if spec.precision == "auto" else spec.precision
-        self._device, self._dtype = (
-            torch.device("cpu" if spec.device == "auto" else spec.device),
-            DTYPES[self.precision],
-        )
+        self._device = torch.device("cpu" if spec.device == "auto" else spec.device)
+        own = "bf16" if self._device.type == "cuda" else "fp32"  # our kernels and flash-attn want 16 bits
+        self.precision = own if spec.precision == "auto" else spec.precision
+        self._dtype = DTYPES[self.precision]
         self.annotate: Hook | None = torch.cuda.nvtx.range if self._device.type == "cuda" else None
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)
-        self._attention = "cuda" if cuda_refusal(self._device, self._dtype, spec.config.head_dim) is None else "sdpa"
+        self._attention = fastest(self._device, self._dtype, spec.config.head_dim)
         self._start()
 
     def _start(self) -> None:
@@ -95,6 +102,7 @@ class TorchEngine:
         self._ring = RingCache(config, 1 if self._null is None else 2, self._dtype, self._device)
         self._reference = self._reference_noise(spec) if config.reference_compat else None
         self._text: TextKV | None = None
+        self._read: list[tuple[np.ndarray, TextKV]] = []  # rows and what was made of them, of the last joint pass
         self._decoded = 0  # units decoded: the next one's number
         self._state: Any = None
         self._state_before: tuple[int, Any] = (0, None)
@@ -123,8 +131,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def set_text(self, unit_context: np.ndarray) -> None:
-        rows = self._to_device(unit_context)
-        self._text = self._dit.text_kv(torch.stack([rows] if self._null is None else [rows, self._null])[:, None])
+        self._text = self._keys_of(unit_context)
 
     def noise(self, unit: int, step: int) -> Tensor:
         config = self._config
@@ -144,6 +151,20 @@ class TorchEngine:
         v = self._dit.step(x, time, self._heard(), self._ring, unit, backend=self._attention).to(latents.dtype)
         v = v if self._null is None else guide(v[:1], v[1:], self._config.guidance)
         return x0_from_v(latents, v, t / TIME_SCALE)
+
+    @torch.no_grad()
+    def denoise_jointly(
+        self, latents: Sequence[Tensor], times: Sequence[float], unit: int, texts: Sequence[np.ndarray]
+    ) -> Sequence[Tensor]:
+        text, which = self._captions(texts)
+        joined = torch.cat(list(latents), dim=1)
+        x = self._for_each_text(joined)
+        time = self._for_each_frame(torch.tensor(times, dtype=torch.float64))
+        t, caption = time.expand(len(x), -1), self._for_each_frame(torch.tensor(which)).expand(len(x), -1)
+        v = self._dit.step_jointly(x, t, text, self._ring, unit, caption, backend=self._attention).to(joined.dtype)
+        v = v if self._null is None else guide(v[:1], v[1:], self._config.guidance)
+        s = (time / TIME_SCALE).to(joined.dtype)[:, None, None, None]
+        return x0_from_v(joined, v, s).split(self._config.unit, dim=1)
 
     @torch.no_grad()
     def commit(self, latents: Tensor, unit: int) -> None:
@@ -252,6 +273,27 @@ class TorchEngine:
 
     # ------------------------------------------------------------------ parts
 
+    def _keys_of(self, rows: np.ndarray) -> TextKV:
+        """Of a text, and of the negative prompt if there is one; kept from the last joint pass, if it read this one."""
+        for known, keys in self._read:
+            if known is rows:
+                return keys
+        own = self._to_device(rows)
+        return self._dit.text_kv(torch.stack([own] if self._null is None else [own, self._null])[:, None])
+
+    def _captions(self, texts: Sequence[np.ndarray]) -> tuple[TextKV, list[int]]:
+        """The different texts side by side, and which of them each unit reads."""
+        different: list[np.ndarray] = []
+        which = []
+        for rows in texts:
+            same = (i for i, known in enumerate(different) if np.array_equal(known, rows))
+            which.append(next(same, len(different)))
+            if which[-1] == len(different):
+                different.append(rows)
+        self._read = [(rows, self._keys_of(rows)) for rows in different]
+        layers = zip(*(keys for _, keys in self._read), strict=True)
+        return [(torch.cat([k for k, _ in layer], 1), torch.cat([v for _, v in layer], 1)) for layer in layers], which
+
     def _heard(self) -> TextKV:
         if self._text is None:
             raise EngineError("expected set_text before the first pass")
@@ -260,6 +302,9 @@ class TorchEngine:
     def _for_each_text(self, latents: Tensor) -> Tensor:
         """The latents once for the prompt and, if there is one, once for the negative prompt."""
         return latents.expand(1 if self._null is None else 2, *latents.shape[1:])
+
+    def _for_each_frame(self, of_units: Tensor) -> Tensor:
+        return of_units.repeat_interleave(self._config.unit).to(self._device)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)

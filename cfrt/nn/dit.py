@@ -207,6 +207,33 @@ class CausalDiT(nn.Module):
         return v
 
     @torch.no_grad()
+    def step_jointly(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text_kv: TextKV,
+        ring: RingCache,
+        unit: int,
+        caption: Tensor | None = None,
+        *,
+        backend: str = "sdpa",
+    ) -> Tensor:
+        """v [B, n F, C, h, w] of n consecutive units x [B, n F, C, h, w] from `unit` on, each frame at its own time
+        t [B, n F]: they see each other whole, and what the last of them sees of the past in the ring, which stays as it
+        is (Rolling Forcing, arXiv:2509.25161). caption as in `forward`."""
+        start, frames = unit * self.config.unit, x.shape[1]
+        memories, sink_tokens = ring.look(unit, frames // self.config.unit)
+        positions = tuple(range(start, start + frames))
+        p = Pass(
+            turn=self._turn(positions, x.device),
+            sink_turn=self._sink_turn(positions, sink_tokens, x.device, end=start + frames),
+            sink_tokens=sink_tokens,
+            text_mask=self._text_mask(text_kv, caption),
+            backend=backend,
+        )
+        return self._run(x, t, text_kv, p, memories)
+
+    @torch.no_grad()
     def commit(self, x: Tensor, text_kv: TextKV, ring: RingCache, unit: int, *, backend: str = "sdpa") -> None:
         """Leaves the keys and values of a finished unit x [B, F, C, h, w] in the ring: the pass at t = 0, cut short
         after the last layer's keys, since nothing else of that layer is ever seen."""
@@ -277,12 +304,20 @@ class CausalDiT(nn.Module):
         c = self.config
         return phases(positions, c.token_grid, c.rope_pairs, c.rope_theta, self.dtype, device)
 
-    def _sink_turn(self, positions: tuple[int, ...], sinks: int, device: torch.device) -> Tensor | None:
-        """Where relative sinks are looked at from: no further than the last frame of a training clip."""
-        last = self.config.trained_frames - 1
-        if sinks == 0 or self.config.sink_position == "absolute" or max(positions) <= last:
+    def _sink_turn(
+        self, positions: tuple[int, ...], sinks: int, device: torch.device, end: int | None = None
+    ) -> Tensor | None:
+        """Where sinks are looked at from, if not from the frames' own places. Relative sinks: no further away than the
+        last frame of a training clip. Sinks before the window: so much nearer as frames have left between them and the
+        window, which ends at `end`, or with the unit of each frame."""
+        if sinks == 0 or self.config.sink_position == "absolute":
             return None
-        return self._turn(tuple(min(f, last) for f in positions), device)
+        if self.config.sink_position == "relative":
+            seen_from = tuple(min(f, self.config.trained_frames - 1) for f in positions)
+        else:
+            unit, reach = self.config.unit, self.config.sinks + self.config.window
+            seen_from = tuple(f - max(0, (end or (f // unit + 1) * unit) - reach) for f in positions)
+        return None if seen_from == positions else self._turn(seen_from, device)
 
     def _text_mask(self, text_kv: TextKV, caption: Tensor | None) -> Tensor | None:
         """Bool [B, T N, C L]: each token reads the rows of its frame's caption.

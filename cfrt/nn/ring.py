@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..blocks import Span
+from ..blocks import Geometry, Span
 from ..config import ModelConfig
 from ..errors import ConfigError, EngineError
 
@@ -52,6 +52,7 @@ class RingCache:
         layers: int | None = None,
     ) -> None:
         self.geometry = config.geometry
+        self._rolling = config.schedule == "rolling"
         self.frame_tokens = config.frame_tokens
         shape = (batch, self.geometry.capacity * self.frame_tokens, config.heads, config.head_dim)
         count = config.depth if layers is None else layers
@@ -98,7 +99,21 @@ class RingCache:
             for frame in own:
                 self.frames[self.geometry.slot(frame)] = EMPTY
                 self._copies.pop(frame, None)
-        return memories, self.frame_tokens * sum(frame < self.geometry.sinks for frame in seen)
+        return memories, 0 if self._rolling else self._sink_tokens(seen)
+
+    def look(self, unit: int, count: int) -> tuple[list[Memory], int]:
+        """The memories of a pass over `count` units from `unit` on that leaves nothing behind, and how many of the keys
+        read first are sinks' tokens. The units see each other whole, and what the last of them sees of the past.
+
+        Raises EngineError when the units before `unit` have not been committed, or when it has been."""
+        start = unit * self.geometry.unit
+        if start != self.next_frame:
+            raise EngineError(f"expected a look from frame {self.next_frame} on, the next one, got frame {start}")
+        visible = chain.from_iterable(range(*span) for span in self.geometry.visible_frames(unit + count - 1))
+        seen = [frame for frame in visible if frame < start and self._holds(frame)]
+        ranges = self._spans(seen)
+        memories: list[Memory] = [_Beside(k, v, ranges) for k, v in self._layers()]
+        return memories, self._sink_tokens(seen)
 
     def commit(self, unit: int) -> None:
         """What lies in the unit's slots is its clean past from now on."""
@@ -188,7 +203,15 @@ class RingCache:
         return range(unit * self.geometry.unit, (unit + 1) * self.geometry.unit)
 
     def _visible(self, unit: int) -> Iterable[int]:
-        return chain.from_iterable(range(*span) for span in self.geometry.visible_frames(unit))
+        """The frames that a pass over one unit sees. Under a rolling schedule that is a commit only, and the weights
+        were trained with the last K + W frames there, sinks among them only as long as they are recent."""
+        geometry = self.geometry
+        if self._rolling:
+            geometry = Geometry(unit=geometry.unit, window=geometry.sinks + geometry.window)
+        return chain.from_iterable(range(*span) for span in geometry.visible_frames(unit))
+
+    def _sink_tokens(self, seen: Iterable[int]) -> int:
+        return self.frame_tokens * sum(frame < self.geometry.sinks for frame in seen)
 
     def _holds(self, frame: int) -> bool:
         return self.frames[self.geometry.slot(frame)] == frame
@@ -241,6 +264,18 @@ class _Copied(NamedTuple):
 
     def extend(self, k: Tensor, v: Tensor) -> Keys:
         return Keys(torch.cat([*self.past_k, k], dim=1), torch.cat([*self.past_v, v], dim=1), None)
+
+
+class _Beside(NamedTuple):
+    """Puts the units beside a copy of what they see of the ring."""
+
+    ring_k: Tensor
+    ring_v: Tensor
+    ranges: Sequence[Span]
+
+    def extend(self, k: Tensor, v: Tensor) -> Keys:
+        past_k, past_v = _copy(self.ring_k, self.ranges), _copy(self.ring_v, self.ranges)
+        return Keys(torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1), None)
 
 
 def _copy(x: Tensor, spans: Sequence[Span]) -> Tensor:

@@ -117,10 +117,17 @@ def settings(app: FastAPI, host: str, port: int) -> uvicorn.Config:
 
 
 def listen(config: uvicorn.Config) -> socket.socket:
-    """The socket that uvicorn serves, taking connections from now on."""
-    bound = config.bind_socket()
+    """The socket that uvicorn serves, taking connections from now on. CfrtError when it cannot be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    bound.listen(config.backlog)
+    try:
+        bound.bind((config.host, config.port))
+        bound.listen(config.backlog)
+    except OSError as error:
+        bound.close()
+        do = "choose another --port, or 0 for a free one"
+        raise CfrtError(f"cannot listen at {config.host}:{config.port}: {error.strerror or error}; {do}") from error
     return bound
 
 

@@ -37,10 +37,13 @@ class ServerError(CfrtError):
 class Client:
     """A server of `cfrt serve`."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", *, token: str | None = None) -> None:
+    def __init__(
+        self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, room: str | None = None
+    ) -> None:
+        """room: for servers of `cfrt.serve.ray`, what leads to one and the same replica."""
         if urlsplit(url).scheme not in ("http", "https"):
             raise ValueError(f"expected the address of a server, http://..., got {url!r}")
-        self.url, self._token = url.rstrip("/"), token
+        self.url, self._token, self._room = url.rstrip("/"), token, room
 
     def stream(self, prompt: str, *, seed: int = 0) -> "RemoteStream":
         """A new stream. It plays while somebody watches."""
@@ -70,6 +73,8 @@ class Client:
         headers = {"Content-Type": kind} if data is not None else {}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
+        if self._room:
+            headers["Cookie"] = f"room={quote(self._room, safe='')}"
         try:
             return urlopen(Request(self.url + path, data, headers, method=method), timeout=timeout)
         except HTTPError as error:

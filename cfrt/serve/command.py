@@ -1,5 +1,6 @@
 """The command `cfrt serve`."""
 
+import socket
 import sys
 from dataclasses import dataclass
 from secrets import token_urlsafe
@@ -64,18 +65,18 @@ class Serve:
             card,
             limits=Limits(streams=self.streams, viewers=self.viewers, idle_seconds=self.idle),
             token=token,
-            hosts=frozenset({"localhost", "127.0.0.1", "::1", *self.allow_host}) if alone else None,
-            addresses=None if self.host in ANYWHERE else ["127.0.0.1" if alone else self.host],
+            hosts=frozenset({"localhost", "127.0.0.1", "::1", self.host, *self.allow_host}) if alone else None,
+            addresses=None if self.host in ANYWHERE else [_address(self.host)],
         )
         config = settings(app, self.host, self.port)
-        socket = listen(config)
-        port = socket.getsockname()[1]
+        bound = listen(config)
+        port = bound.getsockname()[1]
         where = "localhost" if self.host in ANYWHERE else f"[{self.host}]" if ":" in self.host else self.host
         print(f"cfrt serve: http://{where}:{port}/{f'#token={token}' if token else ''}", flush=True)
         print(
             f"{card['model']} ({card['engine']}, {card['precision']}); the API: /docs; Ctrl-C ends it", file=sys.stderr
         )
-        uvicorn.Server(config).run(sockets=[socket])
+        uvicorn.Server(config).run(sockets=[bound])
 
     def _check(self) -> None:
         for name, value, most in (("streams", self.streams, 1000), ("viewers", self.viewers, 10_000)):
@@ -93,3 +94,11 @@ class Serve:
 
         options = {name: getattr(self, name) for name in ("model", "engine", "device", "precision", "threads")}
         return streams(**options)
+
+
+def _address(host: str) -> str:
+    """The number behind a name. CfrtError when there is none."""
+    try:
+        return str(socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)[0][4][0])
+    except OSError as error:
+        raise CfrtError(f"expected --host to be an address of this machine, got {host!r}: {error.strerror}") from error

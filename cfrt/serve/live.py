@@ -42,7 +42,7 @@ class Live:
         self._socket, self._sessions, self._steering, self._making = socket, sessions, steering, making
         self._viewer = Viewer("websocket", shows=False)
         self._sending = asyncio.Lock()
-        self._unit, self._told = -1, 0.0
+        self._unit, self._prompt, self._told = -1, "", 0.0
 
     async def run(self, name: str) -> None:
         await self._socket.accept()
@@ -84,6 +84,9 @@ class Live:
             self._unit = frame.unit
             told = {"unit": frame.unit, "tick": shot.tick, "latency": 1000 * frame.latency, "prompt": frame.prompt}
             await self._say({"type": "unit", **told})
+        if frame.prompt != self._prompt:
+            self._prompt = frame.prompt
+            await self._say({"type": "state", **session.state()})
         if self._viewer.jpeg:
             head = HEADER.pack(
                 frame.index, frame.unit, shot.tick & 0xFFFFFFFF, min(round(1e6 * frame.latency), 2**32 - 1)

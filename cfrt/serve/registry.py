@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from secrets import token_urlsafe
+from secrets import token_hex
 
 from ..stream import Stream
 from .limits import Limits
@@ -66,7 +66,7 @@ class Registry:
             await self.remove(session)
 
     def _admit(self, stream: Stream, prompt: str, seed: int, notes: list[str]) -> Session:
-        session = Session(token_urlsafe(16), self._make, self.limits, stream, prompt, seed, notes)
+        session = Session(token_hex(16), self._make, self.limits, stream, prompt, seed, notes)
         self._sessions[session.id] = session
         self.made += 1
         return session

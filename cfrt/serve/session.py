@@ -40,9 +40,9 @@ class Session:
     def __init__(
         self, name: str, make: Make, limits: Limits, stream: Stream, prompt: str, seed: int, notes: list[str]
     ) -> None:
-        self.id, self.limits, self.prompt, self.seed = name, limits, prompt, seed
+        self.id, self.limits, self.seed = name, limits, seed
+        self._asked, self._notes = prompt, notes
         self.broadcast, self.overhead = Broadcast(), Recent()
-        self.notes = notes
         self.recorder: Recorder | None = None
         self.error: str | None = None
         self.touched = monotonic()
@@ -71,6 +71,17 @@ class Session:
     @property
     def timings(self) -> Stats:
         return self._stream.stats
+
+    @property
+    def prompt(self) -> str:
+        """What the next unit is made from. A stream that was rewound meets its old changes of prompt again."""
+        following = max(0, self._stream.unit + 1)
+        return next(text for unit, text in reversed(self._stream.changes) if unit <= following)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the model did not understand of the prompt."""
+        return self._notes if self.prompt == self._asked else []
 
     @property
     def reach(self) -> int:
@@ -192,8 +203,7 @@ class Session:
     def _steer(self, wish: messages.Control) -> Change | None:
         stream = self._stream
         if wish.rewind is not None:
-            unit = stream.rewind(wish.rewind)
-            self._reads(next(text for start, text in reversed(stream.changes) if start <= unit))
+            stream.rewind(wish.rewind)
             if stream.paused:
                 stream.step()  # shows where it is now
         if wish.seed is not None:
@@ -217,7 +227,7 @@ class Session:
         old.close()
 
     def _reads(self, prompt: str) -> None:
-        self.prompt, self.notes = prompt, self._stream.read(prompt).notes
+        self._asked, self._notes = prompt, self._stream.read(prompt).notes
 
     def _check_prompt(self, prompt: str) -> None:
         if len(prompt) > self.limits.prompt:

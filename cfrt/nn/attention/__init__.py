@@ -3,20 +3,22 @@
 "reference" is the definition: eager, fp32 accumulation, registered as the op `cfrt::attention` so that torch.compile
 and torch.export see one node. "sdpa" is PyTorch's fused attention: what training and the torch engine run. "native" is
 the kernel of the native CPU engine (csrc/cpu/kernels/attention.cpp), for inference in fp32 and bf16. "cuda" is our CUDA
-kernel (csrc/cuda/attention_bf16.cuh), for inference in bf16 on NVIDIA GPUs, the op `cfrt::attention_cuda`;
-`cuda_refusal` says whether it can run.
+kernel (csrc/cuda/attention_bf16.cuh), for inference in bf16 on NVIDIA GPUs, the op `cfrt::attention_cuda`. "flash" is
+the package flash-attn. `cuda_refusal` and `flash_refusal` say whether they can run, `fastest` which to ask for.
 
 Shapes: B batch, N queries, M keys, H heads, D numbers a head.
 """
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ...blocks import Span
 from ...errors import EngineError
 from .blocks import attention_by_blocks, block_mask
 from .cuda import cuda_attention, cuda_refusal
+from .flash import flash_attention, flash_refusal
 from .native import native_attention
 from .reference import reference_attention
 from .sdpa import sdpa_attention
@@ -27,6 +29,8 @@ __all__ = [
     "attention_by_blocks",
     "block_mask",
     "cuda_refusal",
+    "fastest",
+    "flash_refusal",
 ]
 
 Backend = Callable[
@@ -39,7 +43,16 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": sdpa_attention,
     "native": native_attention,
     "cuda": cuda_attention,
+    "flash": flash_attention,
 }
+
+
+def fastest(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend for inference there: "cuda", "flash" or, where neither can run, "sdpa"."""
+    for name, refusal in (("cuda", cuda_refusal), ("flash", flash_refusal)):
+        if refusal(device, dtype, head_dim) is None:
+            return name
+    return "sdpa"
 
 
 def attention(
@@ -60,7 +73,7 @@ def attention(
     mask: bool [N, keys read] or [B, N, keys read], True = may look; every query must see something.
     q_sink: the queries at a second position, [B, N, H, D], used for the first `sink_tokens` of the keys read.
 
-    Raises EngineError for a backend that does not exist, and for what "native" and "cuda" cannot do.
+    Raises EngineError for a backend that does not exist, and for what "native", "cuda" and "flash" cannot do.
     """
     if backend not in BACKENDS:
         raise EngineError(f"expected an attention backend out of {', '.join(BACKENDS)}; got {backend!r}")

@@ -142,6 +142,7 @@ function showStats() {
   for (const [id, ms] of [["first", firstFrame], ["p50", stats.unit.p50], ["p99", stats.unit.p99], ["change", measured], ["overhead", stats.overhead.p50]])
     number($(`t-${id}`), ms);
   $("t-dropped").textContent = stats.dropped;
+  Object.assign($("t-change").dataset, { ms: measured ?? "", count: changes.length });
 }
 
 function number(element, ms) {
@@ -232,7 +233,9 @@ const back = (seconds) => {
 
 async function branch() {
   try {
-    adopt((await current.post("branch")).id);
+    const trunk = current;
+    const { id } = await trunk.post("branch");
+    adopt(id).inherit(trunk);
   } catch (error) {
     toast(error.message);
   }

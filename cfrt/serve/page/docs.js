@@ -46,7 +46,7 @@ function draw(method, path, operation, api) {
   if (body) inside.append(fields(body, api));
   inside.append(make("pre", { textContent: example(method, path, operation, api) }));
   if (schema && resolved(schema, api).properties) inside.append(make("p", { textContent: `Answer, ${answer[0]}:` }), fields(schema, api));
-  const head = make("summary", {}, make("b", { textContent: method.toUpperCase() }), make("code", { textContent: path.replace("{name}", "{id}") }), make("span", { textContent: operation.summary ?? "" }));
+  const head = make("summary", {}, make("b", { textContent: method.toUpperCase() }), make("code", { textContent: path.replace("{name}", "{id}") }), make("span", { textContent: (operation.description ?? "").split(/[.:;](\s|$)/)[0] }));
   return make("details", {}, head, inside);
 }
 

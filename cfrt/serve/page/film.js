@@ -1,6 +1,6 @@
 // The last minute under the video: a strip of pictures, the prompts that held, and the slider that rewinds.
 
-import { clock, MINUTE } from "./view.js";
+import { clock } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const HUES = 6;
@@ -40,8 +40,10 @@ export class Film {
     const bubble = $("bubble");
     bubble.hidden = !back;
     bubble.textContent = `−${clock(seconds)}  ${this.promptAt(this.view.unit - back)}`.slice(0, 60);
-    bubble.style.left = `${100 * (1 - back / this.view.span)}%`;
-    this.view.preview(back ? this.view.unit - back : null);
+    const { clientWidth: width } = this.slider;
+    const half = bubble.offsetWidth / 2;
+    bubble.style.left = `${Math.max(half, Math.min(width - half, width * (1 - back / this.view.span)))}px`;
+    this.view.preview(back ? this.view.unit - back : null, this.promptAt(this.view.unit - back));
   }
 
   choose(rewind) {

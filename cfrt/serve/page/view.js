@@ -22,6 +22,7 @@ export class View extends EventTarget {
     this.changes = []; // {at, ms} per change of prompt, measured here
     this.starts = []; // {tick, unit}: where units start, to tell a tick's unit
     this.pending = null; // a change of prompt that is not on show yet
+    this.prompt = "";
     this.frozen = null; // a thumb on show in place of the stream
     this.asked = 0;
     this.waiting = new Map(); // id of a message -> how to settle it
@@ -169,7 +170,7 @@ export class View extends EventTarget {
   }
 
   hearUnit({ unit, tick, latency, prompt }) {
-    this.element.querySelector(".words").textContent = prompt;
+    this.prompt = prompt;
     this.canvas.setAttribute("aria-label", `Live video: ${prompt}`);
     if (unit <= this.unit) this.forget(unit); // rewound or restarted
     this.starts.push({ tick, unit });
@@ -198,7 +199,6 @@ export class View extends EventTarget {
   }
 
   draw({ picture, height, unit }) {
-    const { canvas, context } = this;
     if (this.firstFrame === null) {
       this.firstFrame = performance.now() - this.born;
       this.emit("stats");
@@ -206,14 +206,19 @@ export class View extends EventTarget {
     this.veil.hidden = true;
     this.paint(picture, picture.videoWidth ?? picture.width, height);
     if (unit !== this.unit) this.turn(unit);
-    this.element.querySelector(".time").textContent = clock(unit * this.card.unit_seconds);
-    canvas.dataset.unit = unit;
+    if (!this.frozen) this.label(unit, this.prompt);
+    this.canvas.dataset.unit = unit;
     if (this.pending && unit >= this.pending.unit) {
       this.changes.push({ at: performance.now(), ms: performance.now() - this.pending.begin });
       if (this.changes.length > 64) this.changes.shift();
       this.pending = null;
       this.emit("stats");
     }
+  }
+
+  label(unit, prompt) {
+    this.element.querySelector(".words").textContent = prompt;
+    this.element.querySelector(".time").textContent = clock(unit * this.card.unit_seconds);
   }
 
   paint(picture, width, height) {
@@ -236,6 +241,14 @@ export class View extends EventTarget {
     this.emit("unit");
   }
 
+  /** The pictures of a past that is shared with another stream. */
+  async inherit({ thumbs }) {
+    for (const [unit, thumb] of thumbs) {
+      const copy = await createImageBitmap(thumb).catch(() => null);
+      if (copy && !this.closed && !this.thumbs.has(unit)) this.thumbs.set(unit, copy);
+    }
+  }
+
   forget(unit) {
     for (const [at, thumb] of this.thumbs) if (at >= unit) this.thumbs.delete(at) && thumb.close();
     this.starts = [];
@@ -247,7 +260,7 @@ export class View extends EventTarget {
   }
 
   /** Shows the picture of an earlier unit while the visitor looks for it; null goes back to the stream. */
-  preview(unit) {
+  preview(unit, prompt) {
     this.frozen = null;
     if (unit === null) return;
     let best = null;
@@ -255,6 +268,7 @@ export class View extends EventTarget {
     if (best === null) return;
     const thumb = this.thumbs.get(best);
     this.paint(thumb, thumb.width, thumb.height);
+    this.label(unit, prompt);
     this.frozen = thumb;
   }
 }

@@ -199,15 +199,15 @@ struct Attend {
         }
     }
 
+    CFRT_INLINE static void fetch(const float* words, std::int64_t count) {
+        for (std::int64_t i = 0; i < count; i += 16) __builtin_prefetch(words + i);
+    }
+
     // Asks for the values of the kTile keys from `key` on, and for keys some tiles ahead: the first queries of a group
     // would wait for each line of them.
-    CFRT_INLINE void fetch(std::int64_t key) const {
-        const std::int64_t words = kTile * key_words;
-        const float *keys = k + (key + kAhead) * key_words, *vals = v + key * key_words;
-        for (std::int64_t i = 0; i < words; i += 16) {
-            __builtin_prefetch(keys + i);
-            __builtin_prefetch(vals + i);
-        }
+    CFRT_INLINE void look_ahead(std::int64_t key) const {
+        fetch(k + (key + kAhead) * key_words, kTile * key_words);
+        fetch(v + key * key_words, kTile * key_words);
     }
 
     // Keys [start, stop) of whole words, at most kBlock.
@@ -218,7 +218,7 @@ struct Attend {
             const int count = static_cast<int>(stop - start);
             int at = 0;
             for (; at + kTile <= count; at += kTile) {
-                if (g == 0) fetch(start + at);
+                if (g == 0) look_ahead(start + at);
                 scores<kTile>(q, packed, start + at, at);
             }
             if constexpr (kTile > 4)
@@ -324,6 +324,7 @@ struct Attend {
         const KeyValues& kv = *a.kv;
         k = static_cast<const float*>(kv.k) + head * kv.rows * key_words;
         v = static_cast<const float*>(kv.v) + head * kv.rows * key_words;
+        fetch(k + a.ranges[0].start * key_words, kAhead * key_words);
         groups = static_cast<int>(ceil_div(count, kWidth));
         float* next = scratch;
         const auto take = [&](std::int64_t size) { return next += size, next - size; };

@@ -43,7 +43,7 @@ constexpr int kVecs = 2, kRows = 4, kPairRows = 2, kQuadRows = 0;
 #endif
 constexpr int kPanel = kVecs * kLanes;
 template <class Micro>
-constexpr int kMostRows = kRows + 1 - Micro::kSteps;  // taking numbers apart takes a register more
+constexpr int kMostRows = Micro::kSteps > 1 ? kRows - 1 : kRows;  // taking numbers apart takes a register more
 constexpr int kSums = most(kRows, most(2 * kPairRows, 4 * kQuadRows)) * kPanel;
 
 struct Tile {
@@ -76,13 +76,12 @@ struct Floating : Dot {
 };
 
 // The panel after this one. A line of it is asked for in every step, the tiles of a panel share in that, so that it
-// comes from far away while this one is worked on. Tiles of few rows leave that to the CPU: they read panels one after
-// the other without a break, which it foresees.
+// comes from far away while this one is worked on. Where panels lie side by side the CPU does as well: it is read
+// without a break, which it foresees.
 struct Ahead {
     const char* at;
     std::int64_t step;  // bytes
 };
-constexpr int kLowRows = 8;
 
 // The sums of R rows by V vectors over `groups`; every kVecs vectors the next panel begins, `panel` elements on.
 template <class Micro, int R, int V>
@@ -94,11 +93,11 @@ CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Mic
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
     for (std::int64_t k = 0; k < groups; ++k, w += kGroup * kPanel) {
-        if constexpr (R > kLowRows) {
+        if constexpr (R > kPairRows) {
             __builtin_prefetch(ahead.at, 0, 2);
             ahead.at += ahead.step;
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int step = Micro::kSteps - 1; step >= 0; --step) {
             if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
             decltype(Micro::load(step, w)) b[V];

@@ -13,6 +13,7 @@
 
 #include "../simd.h"
 #include "activations.h"
+#include "int8_rows.h"
 
 namespace cfrt::CFRT_LEVEL {
 namespace {
@@ -26,10 +27,42 @@ CFRT_INLINE void copy(float* to, const float* from, std::int64_t count) {
 void gather(const Gather& a, std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
         const std::int32_t* taps = a.taps + row * a.count;
-        float* to = a.out + (row - begin) * a.out_stride;
+        float* to = static_cast<float*>(a.out) + (row - begin) * a.out_stride;
         for (std::int64_t tap = 0; tap < a.count; ++tap)
             copy(to + tap * a.width, a.plane + taps[tap] * a.width, a.width);
         for (std::int64_t i = a.count * a.width; i < a.depth; ++i) to[i] = 0;
+    }
+}
+
+// f(x, i, lanes) for the vectors x of a row's taps, numbers i.. of the row.
+template <class F>
+CFRT_INLINE void for_each_vec(const Gather& a, std::int64_t row, F f) {
+    const std::int32_t* taps = a.taps + row * a.count;
+    for (std::int64_t tap = 0; tap < a.count; ++tap) {
+        const float* from = a.plane + taps[tap] * a.width;
+        std::int64_t i = 0;
+        for (; i + kLanes <= a.width; i += kLanes) f(load(from + i), tap * a.width + i, kLanes);
+        const int rest = static_cast<int>(a.width - i);
+        if (rest) f(load(from + i, rest), tap * a.width + i, rest);
+    }
+}
+
+void gather_int8(const Gather& a, float* scale, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+        Int8* to = static_cast<Int8*>(a.out) + (row - begin) * a.out_stride;
+        RowPeak peak;
+        for_each_vec(a, row, [&](Vec x, std::int64_t, int) { peak.see(x); });
+        const Int8Scale found = peak.scale();
+        scale[row - begin] = found.scale;
+        if (found.inverse == 0.0f) {
+            fill_zeros(to, a.depth);
+            continue;
+        }
+        const Vec inverse = splat(found.inverse);
+        for_each_vec(a, row, [&](Vec x, std::int64_t i, int lanes) {
+            lanes == kLanes ? store_int8(to + i, x * inverse) : store_int8(to + i, x * inverse, lanes);
+        });
+        fill_zeros(to + a.count * a.width, a.depth - a.count * a.width);
     }
 }
 
@@ -65,6 +98,6 @@ void activate(const Activate& a, std::int64_t begin, std::int64_t end) {
 }  // namespace
 
 extern const ConvKernels conv;
-constinit const ConvKernels conv{gather, activate};
+constinit const ConvKernels conv{gather, gather_int8, activate};
 
 }  // namespace cfrt::CFRT_LEVEL

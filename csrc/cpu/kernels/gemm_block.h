@@ -17,11 +17,11 @@
 //      rows, K = 768: bf16 156 -> 184. One row, K = 192: 93 -> 107; the second-level cache's 32 bytes a cycle allow
 //      no more
 //   4  bf16 without its dot product: first the odd numbers of all words, then the even ones, and a row less, so that
-//      all fits into the registers. 12 rows on avx2: 77 -> 102; plain: 23 -> 29. int8 on plain likewise, four numbers
-//      out of a word
+//      all fits into the registers. 12 rows on avx2: 77 -> 102; plain: 23 -> 29
 //   5  the next panel is asked for ahead, a line in every step. Weights read once each, as in a pass, 64 rows, K = 256,
 //      N = 1024: fp32 192 -> 207, bf16 328 -> 466, int8 709 -> 904, where weights that lie in the cache give 247, 473,
 //      844. With four rows and panels side by side it costs more than it brings: bf16 260 -> 245
+//   -  int8 on plain in the same way, four numbers out of a word: 24 -> 16, so bytes are still widened one by one there
 //   6  GELU without a division (activations.h). 64 rows, K = 256, int8: 671 -> 709
 //
 // GCC 12 wants sums to be vectors of int32 and not __m512i, which it copies in every step (int8 then falls to 200), and
@@ -100,7 +100,7 @@ CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Mic
             __builtin_prefetch(ahead.at, 0, 2);
             ahead.at += ahead.step;
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int step = Micro::kSteps - 1; step >= 0; --step) {
             if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
             decltype(Micro::load(step, w)) b[V];

@@ -1,13 +1,15 @@
 // What surrounds the products of a convolution. A row is gathered once and read by every panel of the weights, so the
 // copy costs about one store for each N multiply-adds of 16 lanes, N the columns of the product.
 //
-// The decoder of the embedded student (64 x 64 pixels, 234 MFLOP a latent frame, padding counted), measured on
-// 2026-11-25 on one core of an AMD EPYC (Zen 4), best of 600 calls, decode to uint8 included; `gemm` alone reaches 113,
-// 219 and 402 GFLOP/s there on 56 x 64 x 576:
-//
-//   fp32   2.20 ms   106 GFLOP/s   1.09 ms with two threads
-//   bf16   1.14 ms   206 GFLOP/s   0.60 ms
-//   int8   0.76 ms   309 GFLOP/s   0.39 ms   (each gathered row is measured and rounded anew)
+// The ladder; the decoder of the embedded student, 64 x 64 pixels, 234 MFLOP a latent frame with padding:
+//   -  a product for each of the nine taps, added up, needs no gathering: 187, 352, 489 GFLOP/s in fp32, bf16, int8,
+//      256 rows of 64 channels; one product over gathered rows gives 249, 495, 952 (Zen 5, measured on 2026-11-26).
+//      Nine epilogues cost more than the copy
+//   1  rows gathered in blocks for the second-level cache: 106, 206, 309 GFLOP/s, decode to uint8 included; products
+//      alone reach 113, 219, 402 on 56 x 64 x 576 (Zen 4, one core, best of 600 calls, measured on 2026-11-25). In ms
+//      2.20, 1.14, 0.76; with two threads 1.09, 0.60, 0.39
+//   2  int8: rows are rounded as they are gathered, without a copy in fp32 in between. Both together took a quarter of
+//      a unit's time before
 
 #include "conv.h"
 

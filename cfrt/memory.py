@@ -39,6 +39,7 @@ class Account:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts on the device."""
         return sum(part.bytes for part in self.parts)
 
     def enough(self, budget: int) -> tuple[Part, ...]:
@@ -179,6 +180,7 @@ class TextSizes:
 
     @property
     def parameters(self) -> int:
+        """Numbers in the encoder."""
         return self.layers * sum(o * i for o, i in self.maps) + self.words * self.width + self.rest
 
 

@@ -8,10 +8,8 @@ sheet; `--benchmark-json` keeps it.
 
 import os
 import platform
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import cfrt
+from benchmarks.machine import resident
 from cfrt.stats import Timing
 
 MODEL = os.environ.get("CFRT_BENCH_MODEL", "tiny")
@@ -155,12 +154,6 @@ def slope(values: np.ndarray) -> tuple[float, float]:
     left = values - values.mean() - rise * x
     deviation = float(np.sqrt(left @ left / (len(values) - 2) / (x @ x)))
     return rise / float(np.median(values)), 2 * deviation / float(np.median(values))
-
-
-def resident() -> float:
-    """MB of this process in memory (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def timings(stats: cfrt.Stats) -> dict[str, float]:

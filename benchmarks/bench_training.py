@@ -28,7 +28,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cfrt import flow
 from cfrt.blocks import teacher_forcing_mod, to_tokens
 from cfrt.config import ModelConfig
-from cfrt.nn.attention import attention, attention_by_parts
+from cfrt.nn.attention import attention
+from cfrt.nn.attention.parts import attention_by_parts
 from cfrt.nn.dit import teacher_forcing_parts
 from training import bidirectional, captions, cd, dmd, loop, ode, recipes, teacher
 from training.data import Batch, Prompts

@@ -1,6 +1,6 @@
 """The runtimes side by side: each a call that does the timed work once and gives x0 as an array.
 
-Our engines (`native`, `torch`) keep a ring: the past is committed once and read in place. The others have no state, so
+Our engines (`native`, `torch`, and `onnx` on an exported bundle) keep a ring: the past is committed once and read in place. The others have no state, so
 past keys and values are inputs and the unit's own are outputs (`functional.Step`, through ONNX). They are given the
 best that form allows: inputs that are never copied by the host, in the layout [1, H, P, D] that attention wants, bf16
 where the runtime computes in bf16, values from fp64; and for the student a past that the host overwrites in place, one
@@ -9,6 +9,7 @@ unit at a time, since attention does not ask for order.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import numpy as np
 import torch
 
 from cfrt import flow
+from cfrt.bundle import Bundle
 from cfrt.engines import Engine, Latents, Spec, choose
+
+from cfrt.weights import load_model
 
 from . import functional
 from .workload import PAST, STUDENT, Workload, noise
@@ -46,7 +50,7 @@ Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 def build(engine: str, precision: str, work: Workload, threads: int) -> Callable[[], np.ndarray]:
     """The contender, everything loaded, the past in place."""
     torch.set_num_threads(threads)
-    if engine in ("native", "torch"):
+    if engine in ("native", "torch", "onnx"):
         return Ringed(engine, precision, work, threads)
     past = functional.past(work)
     if engine == "torch.compile":
@@ -67,12 +71,25 @@ def prepare(work: Workload, engines: Sequence[str]) -> None:
                 _quantised(graph)
 
 
+def exported(folder: Path) -> Path:
+    """The embedded student as a bundle in fp32, in this folder."""
+    from export.onnx import Options, plan
+
+    out = folder / "bundle"
+    if not out.exists():
+        plan(Options(model="tiny", out=out), "fp32").run()
+    return out
+
+
 class Ringed:
     """An engine of cfrt. For the student a call is the next unit, its predecessor's commit fused where the engine does
     that; for the sizes it is the same pass again, which leaves nothing behind."""
 
     def __init__(self, name: str, precision: str, work: Workload, threads: int) -> None:
         spec = Spec(config=work.config, weights=work.weights, precision=precision, threads=threads)
+        if name == "onnx":
+            bundle = exported(work.folder)
+            spec = replace(spec, weights=load_model(bundle)[1], bundle=Bundle.open(bundle))
         self._engine: Engine = choose(name, spec)[0]()
         self._engine.prepare(spec)
         self._work, self._unit, engine = work, work.unit, self._engine

@@ -8,9 +8,10 @@ A gate is a ratio to a peer that ran in turns with it, one thread each, or a tim
 there is for it; so it holds on a slower machine. What falls short is measured again, `repeats` times in all, and the
 best counts: what else the machine does can only make a number worse. Gates stand at about 70 % of what was measured.
 
-Kinds: `speedup` (time of `peer` over time of the native engine, `bench_cpu`'s workloads), `attention` (one layer
-against PyTorch's fused attention), `sub_frame` (latency p95 x fps) and `real_time` (unit p95 / unit duration), the last
-two of the embedded student through `cfrt.Stream` at its own 16 fps.
+Kinds: `speedup` (time of `peer` over time of `engine`, `bench_cpu`'s workloads), `attention` (one layer against
+PyTorch's fused attention), `sub_frame` (latency p95 x fps) and `real_time` (unit p95 / unit duration), the last two of
+the embedded student through `cfrt.Stream` at its own 16 fps. `engine` is native, or onnx on the student as a bundle,
+exported for the occasion.
 """
 
 import argparse
@@ -47,6 +48,7 @@ class Gate:
     tokens: int = 0
     precision: str = ""
     peer: str = "torch"
+    engine: str = "native"
 
     def __post_init__(self) -> None:
         if (self.least is None) == (self.most is None):
@@ -144,10 +146,11 @@ def record(verdicts: Sequence[Verdict], path: Path = HISTORY) -> None:
 
 def measure(gates: Sequence[Gate]) -> dict[str, float]:
     """Every gate once."""
-    groups: dict[tuple[str, str, int], list[Gate]] = {}
+    groups: dict[tuple[str, str, int, str], list[Gate]] = {}
     for gate in gates:
-        group = "stream" if gate.kind in ("sub_frame", "real_time") else gate.kind
-        groups.setdefault((group, gate.size, gate.tokens), []).append(gate)
+        stream = gate.kind in ("sub_frame", "real_time")
+        group = ("stream" if stream else gate.kind, gate.size, gate.tokens, gate.engine if stream else "")
+        groups.setdefault(group, []).append(gate)
     values: dict[str, float] = {}
     for (group, *_), members in groups.items():
         values |= MEASURES[group](members)
@@ -156,7 +159,7 @@ def measure(gates: Sequence[Gate]) -> dict[str, float]:
 
 def _speedups(gates: Sequence[Gate]) -> dict[str, float]:
     """Gates of one size and number of tokens: their contenders run in the same turns."""
-    contenders = {pair for gate in gates for pair in (("native", gate.precision), (gate.peer, gate.precision))}
+    contenders = {pair for gate in gates for pair in ((gate.engine, gate.precision), (gate.peer, gate.precision))}
     rows = _rows(gates[0].size, gates[0].tokens, tuple(sorted(contenders)))
     return _ratios(gates, rows)
 
@@ -189,14 +192,22 @@ def _attention(gates: Sequence[Gate]) -> dict[str, float]:
 def _ratios(gates: Sequence[Gate], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Time of the peer over ours; a row that failed gives none."""
     ms = {(row["engine"], row["precision"]): row["ms"] for row in rows if row["ms"] is not None}
-    pairs = {gate.name: ((gate.peer, gate.precision), ("native", gate.precision)) for gate in gates}
+    pairs = {gate.name: ((gate.peer, gate.precision), (gate.engine, gate.precision)) for gate in gates}
     return {name: ms[peer] / ms[ours] for name, (peer, ours) in pairs.items() if peer in ms and ours in ms}
+
+
+def _model(engine: str) -> Any:
+    """What that engine streams: the embedded student, or its bundle."""
+    from .contenders import exported
+
+    return exported(_work("student", 4).folder) if engine == "onnx" else "tiny"
 
 
 def _stream(gates: Sequence[Gate]) -> dict[str, float]:
     import cfrt
 
-    with cfrt.Stream("a large red circle moving left", threads=1) as stream:
+    model, engine = _model(gates[0].engine), gates[0].engine
+    with cfrt.Stream("a large red circle moving left", model=model, engine=engine, threads=1) as stream:
         for _ in stream.frames(seconds=STREAM_SECONDS):
             pass
         stats, fps = stream.stats, stream.config.fps

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import re
+import resource
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def resident() -> float:
+    """MB of this process in memory (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def _cpuinfo() -> dict[str, str]:

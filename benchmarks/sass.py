@@ -144,6 +144,8 @@ class Prediction:
     """The same if the rare blocks ran every time."""
     tflops: tuple[float, float] | None
     """Low and high on an RTX 4090; None where the clocks of this machine code are not known."""
+    tflops_with_cold: float | None
+    """Low, if the rare blocks ran every time."""
 
 
 def predict(code: Code) -> Prediction:
@@ -154,7 +156,7 @@ def predict(code: Code) -> Prediction:
     others = len(hot) - products
     per_mma, with_cold = others / products, (len(body) - products) / products
     if any(i.base in MATRIX and i.opcode not in TENSOR for i in hot):
-        return Prediction(products, per_mma, with_cold, None)
+        return Prediction(products, per_mma, with_cold, None, None)
     busy: Counter[str] = Counter()
     for i in hot:
         name, clocks = pipe(i.opcode)
@@ -162,7 +164,8 @@ def predict(code: Code) -> Prediction:
     work = sum(TENSOR[i.opcode][1] for i in hot if i.base in MATRIX)
     rate = lambda clocks: work * SCHEDULERS * PROCESSORS * GIGAHERTZ / clocks / 1000  # noqa: E731
     slowest = max(len(hot), *(clocks for name, clocks in busy.items() if name != "control"))
-    return Prediction(products, per_mma, with_cold, (rate(busy["tensor"] + others), rate(slowest)))
+    low, with_rare = rate(busy["tensor"] + others), rate(busy["tensor"] + len(body) - products)
+    return Prediction(products, per_mma, with_cold, (low, rate(slowest)), with_rare)
 
 
 def blocks_of(registers: int, shared: int, threads: int) -> int:

@@ -1,20 +1,28 @@
 """The gate on the machine code of the CUDA kernels: what would make them slow is a failure, without a GPU.
 
-    python -m benchmarks.sass_gate [--json FILE] [--update]
+    python -m benchmarks.sass_gate [--json FILE] [--update] [--figures cfrt/sass.json]
 
 Reads the installed `_cfrt` (any architectures that it was built for): registers, spills, shared memory, blocks a
-multiprocessor, opcodes that must and must not be there, and the predicted rates of benchmarks/sass.py. Compared with
-sass_budgets.json, which --update writes, and with what the same model says of the best published kernels. TFLOP/s are
+multiprocessor, opcodes that must and must not be there, and the predicted rates of benchmarks/sass.py. Where nvcc is,
+the executor counts bank conflicts and sectors too (benchmarks/traffic.py). Compared with sass_budgets.json, which
+--update writes, and with what the same model says of the best published kernels. TFLOP/s are
 predicted for an RTX 4090 at 2.52 GHz, for a grid in balance; `balance` is the share of time in which a shape's grid
 keeps all multiprocessors at work.
+
+slots_per_mma and tflops_low leave two blocks out that a loop skips nearly always: the mask of a frame's last granule
+(one granule in 25 at 1,560 tokens and 64 keys a granule) and, in bf16, the rescaling of the sums (once per query, in
+the executor's counts). The names that end in _with_cold count them as if they ran every time.
 """
 
 import argparse
 import json
 import re
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import _cfrt
@@ -42,6 +50,8 @@ class Kernel:
 def kernel_of(mangled: str) -> Kernel:
     name = next(n for n in _NAMES if n in mangled)
     found = re.search(r"ILi(\d+)E(?:Lb([01])E)?", mangled)
+    if name in ("quantise_rows", "value_scales", "combine_kernel"):
+        return Kernel(name, threads=256)
     if not found or name in ("pixels_kernel", "renoise_kernel"):
         element, whole = re.search(r"kernelI(f|6__half|13__nv_bfloat16)(?:Lb([01]))?", mangled).groups()  # type: ignore[union-attr]
         element = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}[element]
@@ -56,8 +66,8 @@ def kernel_of(mangled: str) -> Kernel:
     return Kernel(name, dim)
 
 
-_NAMES = ("attention_bf16", "attention_int8_fp8", "attention_merge", "append_rows", "quantise_granule", "pixels_kernel",
-          "renoise_kernel")  # fmt: skip
+_NAMES = ("attention_bf16", "attention_int8_fp8", "attention_merge", "append_rows", "quantise_granule", "quantise_rows",
+          "value_scales", "combine_kernel", "pixels_kernel", "renoise_kernel")  # fmt: skip
 
 # (kernel, accumulate) -> most slots per product and least TFLOP/s (low) for heads of 128 on an RTX 4090, with whose the
 # same model finds them: FlashAttention-2, SageAttention2, SageAttention2++.
@@ -72,6 +82,12 @@ NEEDED = {
 }
 
 
+MOST = {"bank_ratio": 1, "sector_ratio": 1.1}
+"""Misaligned arrays, which are written element by element, apart."""
+
+Moved = Mapping[Kernel, dict[str, float]]
+
+
 def balance(queries: int, keys: int) -> float:
     frames = keys // FRAME_TOKENS
     pieces = [(0, FRAME_TOKENS)] * frames
@@ -81,8 +97,17 @@ def balance(queries: int, keys: int) -> float:
     return queries / 128 * HEADS * granules / sass.PROCESSORS / (turns * -(-granules // splits))
 
 
-def examine(file: Path, arch: int) -> list[dict[str, Any]]:
-    """One row for each kernel, and for attention for each shape."""
+def traffic() -> Moved:
+    """Bank and sector ratios of each kernel; nothing where there is no nvcc."""
+    if shutil.which("nvcc") is None:
+        return {}
+    from .traffic import measure  # which brings the tests
+
+    return {kernel_of(name): vars(found) for name, found in measure().items()}
+
+
+def examine(file: Path, arch: int, moved: Moved = MappingProxyType({})) -> list[dict[str, Any]]:
+    """One row for each kernel, and for attention for each shape. moved: what `traffic` gives."""
     rows, used = [], sass.resources(file, arch)
     for mangled, code in sass.disassemble(file, arch).items():
         kernel = kernel_of(mangled)
@@ -93,8 +118,10 @@ def examine(file: Path, arch: int) -> list[dict[str, Any]]:
         row = {"kernel": kernel.name, "arch": arch, "head_dim": kernel.head_dim, "accumulate": kernel.accumulate,
                "shape": None, "registers": registers, "spills": sum(i.base in LOCAL for i in code), "shared": shared,
                "blocks": sass.blocks_of(registers, shared, kernel.threads) if arch in (86, 89, 120) else None,
-               "slots_per_mma": None, "slots_per_mma_with_cold": None, "tflops_low": None, "tflops_high": None,
-               "balance": None, "opcodes": opcodes(kernel, arch, code)}  # fmt: skip
+               "slots_per_mma": None, "slots_per_mma_with_cold": None, "tflops_low": None,
+               "tflops_low_with_cold": None, "tflops_high": None, "balance": None,
+               "bank_ratio": None, "sector_ratio": None, **moved.get(kernel, {}),
+               "opcodes": opcodes(kernel, arch, code)}  # fmt: skip
         rows += [row] if kernel.accumulate is None else attention_rows(row, sass.predict(code))
     return rows
 
@@ -115,7 +142,8 @@ def attention_rows(row: dict[str, Any], prediction: sass.Prediction) -> list[dic
              "slots_per_mma_with_cold": round(prediction.slots_per_mma_with_cold, 2)}  # fmt: skip
     if rates is None:
         return [row | found]
-    found |= {"tflops_low": round(rates[0], 1), "tflops_high": round(rates[1], 1)}
+    found |= {"tflops_low": round(rates[0], 1), "tflops_high": round(rates[1], 1),
+              "tflops_low_with_cold": round(prediction.tflops_with_cold or 0, 1)}  # fmt: skip
     return [row | found | {"shape": name, "balance": round(balance(*shape), 3)} for name, shape in SHAPES.items()]
 
 
@@ -130,6 +158,9 @@ def complaints(row: dict[str, Any], budgets: dict[str, dict[str, Any]]) -> list[
     said = [f"opcode {opcode}" for opcode in row["opcodes"]]
     if row["spills"] and not row["kernel"].startswith("renoise"):
         said.append(f"{row['spills']} accesses to spilled registers")
+    for name, most in MOST.items():
+        if row[name] is not None and row[name] > most and not row["kernel"].endswith("misaligned"):
+            said.append(f"{name} {row[name]}, more than {most}")
     budget = budgets.get(key(row))
     if budget is None:
         return [*said, "it has no budget; --update writes one"]
@@ -153,15 +184,30 @@ def verdict(rows: list[dict[str, Any]], budgets: dict[str, dict[str, Any]]) -> l
     return [f"{key(row)} {row['shape'] or ''}: {said}" for row in rows for said in complaints(row, budgets)]
 
 
+FIGURES = ("kernel", "head_dim", "accumulate", "slots_per_mma", "slots_per_mma_with_cold", "tflops_low",
+           "tflops_low_with_cold", "tflops_high")  # fmt: skip
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What cfrt/predict.py needs to know of attention on an RTX 4090, once for each kernel."""
+    found = {key(row): {name: row[name] for name in FIGURES} for row in rows if row["tflops_low"] is not None}
+    made = {"made_by": "python -m benchmarks.sass_gate --figures", "label": "predicted", "arch": 89}
+    return made | {"gigahertz": sass.GIGAHERTZ, "processors": sass.PROCESSORS, "rows": list(found.values())}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--update", action="store_true", help="write what is found as the budgets")
+    parser.add_argument("--figures", type=Path, help="where to write the rates that cfrt bench --predict ships with")
     options = parser.parse_args(arguments)
     cuda = _cfrt.build_info()["cuda"]
     if cuda is None:
         raise SystemExit("this _cfrt was built without CUDA; reinstall cfrt with CFRT_CUDA=ON in the environment")
-    rows = [row for arch in cuda["archs"] for row in examine(Path(_cfrt.__file__), arch)]
+    moved = traffic()
+    if not moved:
+        print("no nvcc on PATH: bank conflicts and sectors are not counted")
+    rows = [row for arch in cuda["archs"] for row in examine(Path(_cfrt.__file__), arch, moved)]
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     if options.update:
         names = ("registers", "shared", "slots_per_mma")
@@ -169,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
         BUDGETS.write_text(json.dumps(dict(sorted(budgets.items())), indent=1) + "\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.figures:
+        options.figures.write_text(json.dumps(figures(rows), indent=1) + "\n")
     failures = verdict(rows, budgets)
     for row in rows:
         rate = "" if row["tflops_low"] is None else f"{row['tflops_low']}-{row['tflops_high']} TFLOP/s (predicted)"

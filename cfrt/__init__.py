@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clip import Clip as Clip
     from .config import PRESETS as PRESETS
     from .config import ModelConfig as ModelConfig
     from .errors import CfrtError as CfrtError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import VideoError as VideoError
     from .errors import WeightsError as WeightsError
     from .frame import Frame as Frame
+    from .pipeline import CausalForcingPipeline as CausalForcingPipeline
     from .snapshot import Snapshot as Snapshot
     from .stats import Stats as Stats
     from .stream import Change as Change
@@ -36,6 +38,8 @@ _HOME = {
     "Stream": "stream",
     "Change": "stream",
     "Snapshot": "snapshot",
+    "Clip": "clip",
+    "CausalForcingPipeline": "pipeline",
     "Frame": "frame",
     "Trace": "trace",
     "Stats": "stats",

@@ -1,4 +1,5 @@
-"""The command `cfrt`: generate, doctor, models; convert, pull and plan are in `cfrt.model_commands`.
+"""The command `cfrt`: generate, doctor, models; bench is in `cfrt.bench`, serve in `cfrt.serve.command`; convert, pull
+and plan in `cfrt.model_commands`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130
 interrupted, 141 the reader of our output has gone. An error is one line that says what to do next; CFRT_LOG=debug adds
@@ -22,8 +23,10 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, UseAppendAction, arg, subcommand
 
 from . import __version__
+from .bench import Bench
 from .errors import CfrtError, VideoError
 from .model_commands import Convert, Plan, Pull
+from .serve.command import Serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from .stats import Stats
     from .stream import Stream
     from .text import Text
+    from .trace import Trace
 
 LONGEST_FILM = 3600.0
 """Seconds. A film that long is a typing error more often than a wish; `cfrt.Stream` has no limit."""
@@ -84,8 +88,8 @@ class Generate:
     """Where umT5 runs. Default: cpu."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. Default: what the engine can do nothing without, else the CPU."""
     precision: str = "auto"
     """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1
@@ -95,18 +99,25 @@ class Generate:
     """Frames per second that the file plays at. Default: the model's own."""
     scale: int | None = None
     """Enlarge by this whole factor. Default: films get a shorter side of at least 256 pixels."""
+    trace: str | None = None
+    """Write how long every stage took into this .json file, for https://ui.perfetto.dev."""
     json: bool = False
     """Print the measurements as JSON."""
     quiet: Annotated[bool, arg(aliases=("-q",))] = False
     """Print nothing but errors and warnings."""
 
     def run(self) -> None:
+        from .trace import Trace
+
         changes = self._check()
-        with _warnings_in_one_line(), self._stream() as stream:
+        trace = None if self.trace is None else Trace()
+        with _warnings_in_one_line(), self._stream(trace) as stream:
             started = perf_counter()
             frames = self._write(stream, changes)
             wall = perf_counter() - started
             self._report(stream, frames, wall)
+        if trace is not None and self.trace is not None:
+            trace.save(self.trace)
 
     @property
     def _outputs(self) -> tuple[str, ...]:
@@ -127,6 +138,8 @@ class Generate:
             raise UsageError("-o - would fill the terminal with raw video; send it on: cfrt ... | ffplay -")
         if len({os.path.realpath(path) for path in self._outputs}) < len(self._outputs):
             raise UsageError(f"the same file is given twice: {', '.join(self._outputs)}")
+        if self.trace is not None and not self.trace.endswith(".json"):
+            raise UsageError(f"expected --trace FILE.json, got {self.trace!r}")
         changes = sorted((_change(text, self.seconds) for text in self.then), key=lambda change: change[0])
         try:
             for text in (self.prompt, *(text for _, text in changes)):
@@ -137,14 +150,14 @@ class Generate:
             raise UsageError(str(error)) from error
         return changes
 
-    def _stream(self) -> "Stream":
+    def _stream(self, trace: "Trace | None") -> "Stream":
         from . import students
-        from .config import ModelConfig
         from .stream import Stream
+        from .weights import read_config
 
         config = None
         if any(x is not None for x in (self.image, self.prefix, self.text_precision, self.text_device)):
-            config = ModelConfig.load(students.find(self.model) / students.CONFIG)
+            config = read_config(students.find(self.model))
         return Stream(
             self.prompt,
             model=self.model,
@@ -163,6 +176,8 @@ class Generate:
             schedule=self.schedule,
             reference_compat=self.reference_compat,
             tile=self.tile,
+            trace=trace,
+            journal_bytes=0,  # a film is not gone back in
         )
 
     def _text(self, config: "ModelConfig") -> "Text | None":
@@ -282,11 +297,13 @@ class Models:
 
 Command = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Models, subcommand("models")]
     | Annotated[Pull, subcommand("pull")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Bench, subcommand("bench")]
 )
 
 

@@ -11,9 +11,10 @@ from time import perf_counter
 from typing import Any
 
 from . import __version__, students
+from .bundle import Bundle, is_bundle
 from .config import PRESETS, ModelConfig
 from .errors import CfrtError
-from .weights import WEIGHTS_FILE
+from .weights import WEIGHTS_FILE, read_config
 
 PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "tensorrt-rtx")
 VARIABLES = ("CFRT_ENGINE", "CFRT_ISA", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -36,6 +37,7 @@ def examine(model: str = "tiny", *, probe: bool = True) -> dict[str, Any]:
         "engines": _engines(model),
         "speed": _speed(model) if probe else None,
         "cuda": _cuda(),
+        "attention": _attention(),
     }
 
 
@@ -60,6 +62,7 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     lines.append(f"processor  {_processor_line(report['processor'])}")
     lines.append(f"kernels    {_cuda_line(report['cuda'])}")
+    lines.append(f"attention  {_attention_line(report['attention'])}")
     engines = report["engines"]
     if "error" in engines:
         return "\n".join([*lines, f"engines    cannot be asked: {engines['error']}"])
@@ -82,7 +85,9 @@ def _engines(model: str) -> dict[str, Any]:
     from .engines import Spec, choose, names, refusal
 
     try:
-        spec = Spec(config=ModelConfig.load(students.find(model) / students.CONFIG), weights={})
+        folder = students.find(model)
+        bundle = Bundle.open(folder) if is_bundle(folder) else None
+        spec = Spec(config=read_config(folder), weights={}, bundle=bundle)
         refusals = {name: refusal(name, spec) for name in names()}
     except CfrtError as error:
         return {"model": model, "error": str(error)}
@@ -116,7 +121,7 @@ def _speed(model: str) -> dict[str, Any]:
     from .stream import Stream
 
     try:
-        config = ModelConfig.load(students.find(model) / students.CONFIG)
+        config = read_config(students.find(model))
         with Stream(next(iter(config.text.vocab), model), model=model, fps="max") as stream:
             frames = stream.frames()
             for _ in range(config.first_frame(2)):
@@ -144,6 +149,12 @@ def _speed_line(found: dict[str, Any]) -> str:
     )
 
 
+def _attention() -> dict[str, str | None]:
+    from .engines import gpu_attention
+
+    return gpu_attention()
+
+
 def _cuda() -> dict[str, Any] | None:
     from .engines import cuda_build
 
@@ -155,6 +166,14 @@ def _cuda_line(cuda: dict[str, Any] | None) -> str:
         return "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too"
     archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
     return f"CUDA {cuda['version']} for {archs}; wants NVIDIA driver {cuda['driver']} or newer"
+
+
+def _attention_line(refusals: dict[str, str | None]) -> str:
+    """Which attention the torch engine would ask for on a GPU, and why not the ones before it."""
+    chosen = next((name for name, reason in refusals.items() if reason is None), "none")
+    before = list(refusals)[: list(refusals).index(chosen)] if chosen in refusals else list(refusals)
+    reasons = "; ".join(f"not {name}: {refusals[name]}" for name in before)
+    return f"on a GPU the torch engine would use {chosen}" + (f" ({reasons})" if reasons else "")
 
 
 def _describe(name: str, folder: Path) -> dict[str, Any]:

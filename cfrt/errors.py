@@ -13,6 +13,10 @@ class WeightsError(CfrtError):
     """Weights that are missing, damaged, or made for another configuration."""
 
 
+class BundleError(WeightsError):
+    """An engine bundle that is missing, damaged, or of another version."""
+
+
 class PromptError(CfrtError, ValueError):
     """A prompt from which the model can read nothing."""
 
@@ -27,6 +31,10 @@ class SnapshotError(EngineError):
 
 class VideoError(CfrtError):
     """A video or picture that cannot be written or read."""
+
+
+class ExportError(CfrtError, RuntimeError):
+    """An export that cannot be made as it was asked for, or whose result is not what it should be."""
 
 
 class TrainingError(CfrtError, RuntimeError):

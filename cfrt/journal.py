@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import ModelConfig
 from .engines import Latents, Memory
 
 
@@ -42,17 +43,24 @@ class Entry:
         return self.memory.nbytes + (int(self.past[-1][1].nbytes) if self.past else 0)
 
 
+def evicted_bytes(config: ModelConfig) -> int:
+    """Keys and values that a unit overwrites once the window is full, as fp32: the least that an entry holds."""
+    tokens = config.unit * config.frame_tokens * (2 if config.guided else 1)
+    return tokens * config.depth * 2 * config.width * 4
+
+
 class Journal:
     """Entries of consecutive units under a cap of bytes; the oldest go first. One thread writes, any may read `oldest`.
 
-    Where a single entry is above the cap there is no journal, and after the first unit no work for it."""
+    Where a single entry is above the cap there is no journal and, where that is known before, no work for one."""
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, *, least: int = 0) -> None:
+        """least: what an entry will have at the least, once the window is full."""
         self._entries: deque[Entry] = deque()
         self.cap = cap
         self.nbytes = 0
-        self.largest = 0
-        """Bytes of the largest entry that ever was added."""
+        self.largest = least
+        """Bytes of the largest entry that there was, or is sure to come."""
 
     @property
     def off(self) -> bool:
@@ -110,8 +118,8 @@ class Journal:
 
     def copy(self) -> "Journal":
         """A journal of the same past that goes its own way; entries are shared."""
-        twin = Journal(self.cap)
-        twin._entries, twin.nbytes, twin.largest = deque(self._entries), self.nbytes, self.largest
+        twin = Journal(self.cap, least=self.largest)
+        twin._entries, twin.nbytes = deque(self._entries), self.nbytes
         return twin
 
     def _append(self, entry: Entry) -> None:

@@ -188,9 +188,10 @@ class Plan:
 
     def _config(self) -> "ModelConfig":
         from . import students
-        from .config import PRESETS, ModelConfig
+        from .config import PRESETS
+        from .weights import read_config
 
-        config = PRESETS.get(self.model) or ModelConfig.load(students.find(self.model) / students.CONFIG)
+        config = PRESETS.get(self.model) or read_config(students.find(self.model))
         window = config.window if self.window is None else self.window
         return replace(config, window=window, sinks=config.sinks if self.sinks is None else self.sinks)
 

@@ -35,7 +35,7 @@ def read_picture(path: str | os.PathLike[str], size: tuple[int, int]) -> np.ndar
     except (OSError, av.FFmpegError, IndexError, StopIteration) as error:
         reason = getattr(error, "strerror", None) or "there is none in it"
         raise VideoError(f"cannot read a picture from {os.fspath(path)}: {reason}") from error
-    return _fitted(picture, size)
+    return fitted(picture, size)
 
 
 def read_film(path: str | os.PathLike[str], size: tuple[int, int], fps: float, longest: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def read_film(path: str | os.PathLike[str], size: tuple[int, int], fps: float, l
     try:
         with av.open(os.fspath(path)) as container:
             kept = deque(_at_rate(container.decode(video=0), fps), maxlen=longest)
-            film = [_fitted(frame.to_ndarray(format="rgb24"), size) for frame in kept]
+            film = [fitted(frame.to_ndarray(format="rgb24"), size) for frame in kept]
     except (OSError, av.FFmpegError, IndexError) as error:
         reason = getattr(error, "strerror", None) or "there is none in it"
         raise VideoError(f"cannot read a film from {os.fspath(path)}: {reason}") from error
@@ -67,7 +67,7 @@ def _at_rate(frames: Iterator[av.VideoFrame], fps: float) -> Iterator[av.VideoFr
         yield shown
 
 
-def _fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Cut to the shape of (height, width) about its centre and resized to it."""
     height, width = size
     rows, columns, _ = picture.shape

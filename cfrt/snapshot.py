@@ -130,8 +130,8 @@ class Snapshot:
             raise SnapshotError(f"{os.fspath(path)} does not describe a stream ({error!r})") from error
 
 
-def portable(state: State) -> State:
-    """The state with keys and values in fp32."""
+def in_fp32(state: State) -> State:
+    """A portable state with its keys and values in fp32."""
     keys = {frame: kv.astype(np.float32, copy=False) for frame, kv in state.engine.keys.items()}
     return replace(state, engine=replace(state.engine, keys=keys))
 

@@ -93,9 +93,8 @@ class Meters:
     change_to_pixel: Recent = field(default_factory=Recent)
     units: int = 0
     frames: int = 0
-    dropped: int = 0
 
-    def read(self, *, ring: tuple[int, int], unit_duration: float, journal_bytes: int) -> Stats:
+    def read(self, *, ring: tuple[int, int], unit_duration: float, dropped: int, journal_bytes: int) -> Stats:
         return Stats(
             time_to_first_frame=self.time_to_first_frame,
             latency=self.latency.timing(),
@@ -106,7 +105,7 @@ class Meters:
             change_to_pixel=self.change_to_pixel.timing(),
             units=self.units,
             frames=self.frames,
-            dropped=self.dropped,
+            dropped=dropped,
             ring=ring,
             journal_bytes=journal_bytes,
         )

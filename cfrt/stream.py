@@ -11,36 +11,36 @@ docs/control.md says exactly what each call does.
 
 import asyncio
 import json
-import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from time import perf_counter
 from typing import Literal, Self
 
 import numpy as np
 
 from . import students
-from .config import ModelConfig
+from .arguments import beat, changed, continuation, count, reader
+from .bundle import Bundle, is_bundle
+from .clip import Clip, panel
 from .engines import Engine, Spec, choose
-from .errors import CfrtError, EngineError, SnapshotError, VideoError
+from .errors import CfrtError, EngineError, SnapshotError
 from .frame import Frame
-from .journal import Journal
+from .journal import Journal, evicted_bytes
 from .maker import Maker
-from .snapshot import Origin, Snapshot, portable
+from .snapshot import Origin, Snapshot, in_fp32
 from .stats import Meters, Stats
-from .text import Encoded, Text, UMT5Text, encoder
+from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
 from .trace import Hook, both, off
 from .weights import fingerprint, load_model
 from .worker import State, Worker
 
-__all__ = ["Change", "Snapshot", "Stream", "continuation"]
+__all__ = ["Change", "Snapshot", "Stream"]
 
 JOURNAL_BYTES = 64 * 2**20
 """What a stream keeps for going back: eleven minutes of the embedded student at 16 frames a second."""
@@ -61,7 +61,7 @@ class Change:
 class Stream:
     """Frames of a prompt, without end, made in the background at most one unit ahead.
 
-    model: name of an embedded student, or the folder of a model.
+    model: name of an embedded student, or the folder of a model or of an exported bundle.
     seed: same seed, engine, precision and number of threads: same bytes.
     fps: the beat at which frames are handed out; None is the model's own, "max" hands them out as they are made.
     keep: "all" hands out every frame, however slow the consumer; "latest" goes on in its own time and skips what a slow
@@ -105,7 +105,7 @@ class Stream:
         reference_compat: bool = False,
         journal_bytes: int = JOURNAL_BYTES,
         trace: Hook | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
     ) -> None:
@@ -115,9 +115,9 @@ class Stream:
         folder = students.find(model)
         config, weights = load_model(folder)
         self.config = changed(config, guidance, schedule, reference_compat)
-        self._text = encoder(self.config, weights, folder) if text is None else self._reader(text)
+        self._text = encoder(self.config, weights, folder) if text is None else reader(self.config, text)
         self._prompt, rows = prompt, self._encode(prompt).rows
-        self._fps, self._live, self._trace = self._beat(fps, keep), keep == "latest", trace
+        self._fps, self._live, self._trace = beat(self.config, fps, keep), keep == "latest", trace
         prefix = continuation(self.config, image, prefix)
         self._spec = Spec(
             config=self.config,
@@ -130,17 +130,25 @@ class Stream:
             prefix=0 if prefix is None else len(prefix),
             decoder=decoder,
             tile=tile,
+            bundle=Bundle.open(folder) if is_bundle(folder) else None,
         )
         chosen, self.refusals = choose(engine, self._spec)
         made = chosen()
         made.prepare(self._spec)
+        journal = Journal(journal_bytes, least=evicted_bytes(self.config))
         self.engine, self.precision, self.seed = chosen.name, made.precision, seed
-        self._start(made, Timeline(prompt, rows, seed), Journal(journal_bytes), prefix, born)
+        self._start(made, Timeline(prompt, rows, seed), journal, prefix, born)
 
     def _start(
-        self, engine: Engine, timeline: Timeline, journal: Journal, prefix: np.ndarray | None, born: float
+        self,
+        engine: Engine,
+        timeline: Timeline,
+        journal: Journal,
+        prefix: np.ndarray | None,
+        born: float,
+        state: State | None = None,
     ) -> None:
-        """The thread, and what ends it."""
+        """The thread, and what ends it. With `state` it goes on from there."""
         hooks = [hook for hook in (self._trace, getattr(engine, "annotate", None)) if hook is not None]
         span = both(*hooks) if len(hooks) == 2 else hooks[0] if hooks else off
         meters = Meters()
@@ -155,7 +163,15 @@ class Stream:
             span=span,
         )
         self._worker = Worker(
-            maker, self.config, timeline, fps=self._fps, live=self._live, born=born, meters=meters, span=span
+            maker,
+            self.config,
+            timeline,
+            fps=self._fps,
+            live=self._live,
+            born=born,
+            meters=meters,
+            span=span,
+            state=state,
         )
         self._stop = weakref.finalize(self, self._worker.close)
 
@@ -164,20 +180,26 @@ class Stream:
     def frames(self, n: int | None = None, seconds: float | None = None) -> Iterator[Frame]:
         """The next n frames, or `seconds` of video (exactly round(seconds * the model's fps) frames), or all there will
         ever be. A second call goes on where the first one stopped."""
-        count = self._count(n, seconds)
+        wanted = count(self.config, n, seconds)
         if not self._stop.alive:
             raise CfrtError("this stream is closed; make a new one")
-        return self._iterate(count)
+        return self._iterate(wanted)
+
+    def clip(self, n: int | None = None, seconds: float | None = None) -> Clip:
+        """The next frames together, which a notebook plays. ValueError where there would be no end."""
+        if n is None and seconds is None:
+            raise ValueError("expected n frames or so many seconds, got neither")
+        return Clip(self.frames(n, seconds), self.config.fps)
 
     def __iter__(self) -> Iterator[Frame]:
         return self.frames()
 
     def aframes(self, n: int | None = None, seconds: float | None = None) -> AsyncIterator[Frame]:
         """`frames` for asyncio. Nothing blocks the loop, and a task that is cancelled while it waits loses no frame."""
-        count = self._count(n, seconds)
+        wanted = count(self.config, n, seconds)
         if not self._stop.alive:
             raise CfrtError("this stream is closed; make a new one")
-        return self._aiterate(count)
+        return self._aiterate(wanted)
 
     def __aiter__(self) -> AsyncIterator[Frame]:
         return self.aframes()
@@ -205,6 +227,10 @@ class Stream:
         unit, cost = self._worker.change(text, rows, blend_units=blend_units, blend=blend, recache=recache, flush=flush)
         self._prompt = text
         return Change(unit, None if cost is None else 1000 * cost)
+
+    def read(self, text: str) -> Encoded:
+        """How the model reads a prompt: the words that it understood and, in `notes`, those that it did not."""
+        return self._text.encode(text)
 
     def reseed(self, seed: int) -> Change:
         """Other noise from the first unit on of which no frame has been handed out."""
@@ -252,11 +278,13 @@ class Stream:
         Exact, for a stream of the same model, engine and precision, which then goes on bit for bit; or `portable`: keys
         and values as fp32 by frame, for any engine and for a file (`Snapshot.save`). A portable one is as exact where
         the engine keeps no more than fp32."""
+        self._refuse_compat("take snapshots")
         if portable and self.config.schedule == "rolling":
             raise SnapshotError(
                 "a rolling schedule has units half made, which only an exact snapshot holds: snapshot()"
             )
-        return self._snapshot(portable)
+        state = self._worker.save(portable=portable)
+        return Snapshot(self._origin, in_fp32(state) if portable else state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on as the snapshot's stream did, with its prompt and seed, at this stream's pace, paused if it is. What
@@ -273,8 +301,7 @@ class Stream:
         born = perf_counter()
         engine, state = self._worker.branch()
         twin = copy(self)
-        twin._start(engine, state.timeline, Journal(0), None, born)
-        twin._worker.load(state)
+        twin._start(engine, state.timeline, Journal(0), None, born, state)
         twin._follow(state)
         return twin
 
@@ -319,6 +346,16 @@ class Stream:
         state = "" if self._stop.alive else ", closed"
         return f"Stream({self._prompt!r}, model={self.config.name!r}, engine={self.engine!r}, seed={self.seed}{state})"
 
+    def _repr_html_(self) -> str:
+        """Where the stream is, and the last frame handed out; looking at it takes no frame away."""
+        state = "closed" if not self._stop.alive else "paused" if self.paused else "playing"
+        facts = {
+            "prompt": self._prompt,
+            "model": f"{self.config.name} ({self.engine}, {self.precision}, seed {self.seed})",
+            "state": f"{state}, unit {self.unit}, can go back {self.reach}",
+        }
+        return panel(facts, self._worker.last_frame())
+
     # ------------------------------------------------------------------ parts
 
     def _iterate(self, count: int | None) -> Iterator[Frame]:
@@ -348,10 +385,6 @@ class Stream:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), due.wait)
 
-    def _snapshot(self, on_host: bool) -> Snapshot:
-        state = self._worker.save(portable=on_host)
-        return Snapshot(self._origin, portable(state) if on_host else state)
-
     @cached_property
     def _origin(self) -> Origin:
         return Origin(
@@ -361,7 +394,7 @@ class Stream:
             decoder=self._spec.decoder,
             tile=self._spec.tile,
             engine=self.engine,
-            device=self._spec.device,
+            device="cpu" if self._spec.device == "auto" and self.engine != "trt" else self._spec.device,
             precision=self.precision,
         )
 
@@ -372,6 +405,8 @@ class Stream:
     def _limits(self, reach: int) -> str:
         """How far back one can go, and why no further."""
         cap, entry = self._worker.journal_sizes()
+        if cap == 0:
+            return "it has no journal (journal_bytes=0)"
         if entry > cap:
             return f"the journal has {cap} bytes and one unit needs {entry}; make the stream with more journal_bytes"
         if reach > self.unit:
@@ -389,35 +424,6 @@ class Stream:
         encoded.warn(stacklevel=3)
         return encoded
 
-    def _count(self, n: int | None, seconds: float | None) -> int | None:
-        if n is not None and seconds is not None:
-            raise ValueError("expected n or seconds, got both")
-        if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-            raise ValueError(f"expected seconds >= 0, got {seconds}")
-        if n is not None and n < 0:
-            raise ValueError(f"expected n >= 0 frames, got {n}")
-        return n if seconds is None else round(seconds * self.config.fps)
-
-    def _beat(self, fps: float | str | None, keep: str) -> float | None:
-        """Frames a second, None for as fast as they are made."""
-        if keep not in ("all", "latest"):
-            raise ValueError(f'expected keep="all" or "latest", got {keep!r}')
-        if fps == "max":
-            if keep == "latest":
-                raise ValueError('keep="latest" needs a beat: give fps a number, or None for the model\'s own')
-            return None
-        beat = self.config.fps if fps is None else fps
-        if isinstance(beat, str) or not (math.isfinite(beat) and beat > 0):
-            raise ValueError(f'expected fps > 0, "max" or None, got {fps!r}')
-        return float(beat)
-
-    def _reader(self, text: Text | str | os.PathLike[str]) -> Text:
-        if not isinstance(text, str | os.PathLike):
-            return text
-        if self.config.text.kind != "umt5":
-            raise EngineError(f"{self.config.name!r} reads through its own table; there is no text encoder to give it")
-        return UMT5Text(self.config.text, [Path(text).expanduser()])
-
     def _null(self, negative: str | None) -> np.ndarray | None:
         """Text rows to lead away from, where the model is guided."""
         if not self.config.guided:
@@ -429,42 +435,3 @@ class Stream:
         if text.kind == "table" and not words.strip():
             return np.zeros((text.length, text.width), dtype=np.float32)
         return self._encode(words).rows
-
-
-def changed(config: ModelConfig, guidance: float | None, schedule: str | None, reference_compat: bool) -> ModelConfig:
-    """The config with what a stream may choose."""
-    if guidance is not None:
-        config = replace(config, guidance=guidance)
-    if schedule is not None:
-        config = replace(config, schedule=schedule)
-    return config.as_reference() if reference_compat else config
-
-
-def continuation(config: ModelConfig, image: np.ndarray | None, prefix: np.ndarray | None) -> np.ndarray | None:
-    """The pictures that a stream goes on from, (T, H, W, 3) uint8, checked against the model; None for none."""
-    height, width = config.frame_size
-    if image is not None and prefix is not None:
-        raise ValueError("expected image or prefix, got both")
-    if image is not None:
-        if config.unit != 1:
-            raise EngineError(
-                f"only a frame-wise model can start from a picture; {config.name!r} makes units of {config.unit} "
-                f"latent frames, so give it a film of {config.first_frame(1)} pictures or more as prefix"
-            )
-        if not isinstance(image, np.ndarray) or image.shape != (height, width, 3) or image.dtype != np.uint8:
-            got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise VideoError(
-                f"expected a picture ({height}, {width}, 3) uint8, got {got}; "
-                f"cfrt.video.read_picture(path, ({height}, {width})) makes one"
-            )
-        return image[None]
-    if prefix is None:
-        return None
-    if not isinstance(prefix, np.ndarray) or prefix.shape[1:] != (height, width, 3) or prefix.dtype != np.uint8:
-        got = f"{prefix.shape} {prefix.dtype}" if isinstance(prefix, np.ndarray) else type(prefix).__name__
-        raise VideoError(f"expected pictures (T, {height}, {width}, 3) uint8, got {got}")
-    units = config.unit_at(len(prefix) - 1) + 1
-    if len(prefix) == 0 or config.first_frame(units) != len(prefix):
-        fitting = ", ".join(str(config.first_frame(n)) for n in (1, 2, 3, max(4, units)))
-        raise VideoError(f"expected as many pictures as whole units have ({fitting}, ...), got {len(prefix)}; cut some")
-    return prefix

@@ -10,22 +10,23 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from . import embeddings, hub
+from .bundle import Bundle, is_bundle
 from .config import ModelConfig, TextConfig
 from .errors import EngineError, PromptError, WeightsError
 from .official import TEXT_ENCODER, TOKENIZER, WAN, WAN_DIFFUSERS
 
-if TYPE_CHECKING:
-    from .nn.umt5 import UMT5
+Reader = Callable[[str], tuple[np.ndarray, str]]
+"""float32 rows [n, width] of a prompt, and the end of it for which there was no room."""
 
 LONGEST_PROMPT, LONGEST_STORY = 1000, 10_000
 """Characters, for a table and for umT5. Far beyond what any caption of these models holds; what is longer is a mistake,
@@ -55,15 +56,20 @@ class Encoded:
     pieces: str = "concepts"
     """What a row is."""
 
-    def warn(self, stacklevel: int = 2) -> None:
-        """One PromptWarning that names everything the model will not read; nothing when it reads all."""
-        parts = []
+    @property
+    def notes(self) -> list[str]:
+        """Everything that the model will not read, in words; nothing when it reads all."""
+        notes = []
         if self.unknown:
-            parts.append(f"the model does not know {_listed(self.unknown)}{self.hint}")
+            notes.append(f"the model does not know {_listed(self.unknown)}{self.hint}")
         if self.dropped:
-            parts.append(f"it reads at most {len(self.rows)} {self.pieces}, so {_listed(self.dropped)} found no room")
-        if parts:
-            warnings.warn("; ".join(parts), PromptWarning, stacklevel=stacklevel + 1)
+            notes.append(f"it reads at most {len(self.rows)} {self.pieces}, so {_listed(self.dropped)} found no room")
+        return notes
+
+    def warn(self, stacklevel: int = 2) -> None:
+        """One PromptWarning that names all `notes`."""
+        if self.notes:
+            warnings.warn("; ".join(self.notes), PromptWarning, stacklevel=stacklevel + 1)
 
 
 class Text(Protocol):
@@ -188,7 +194,7 @@ class UMT5Text:
         return Encoded(rows=rows, words=(), dropped=(dropped,) if dropped else (), pieces="tokens")
 
     @cached_property
-    def _umt5(self) -> "UMT5":
+    def _umt5(self) -> Reader:
         files = self._files()
         if files is None:
             raise WeightsError(self._what_to_put_where())
@@ -220,6 +226,28 @@ class UMT5Text:
             f"the text encoder is not here: expected {what} (of {' or '.join(RELEASES)} on the Hugging Face Hub) in "
             f"one of {', '.join(map(str, self._folders))}; `cfrt pull` fetches it with any released model"
         )
+
+
+class ExportedText(UMT5Text):
+    """umT5 as a bundle holds it: with int8 weights, in ONNX Runtime."""
+
+    def __init__(self, config: TextConfig, bundle: Bundle, *, kept: Path | None = None) -> None:
+        self._config, self._bundle = config, bundle
+        graph = bundle.manifest.files[f"{bundle.manifest.text_encoder}/encoder.data"]
+        name = f"umt5-{config.width}x{config.length}-{graph.sha256[:16]}-int8-cpu"
+        self._kept = embeddings.Embeddings(name, folder=kept)
+
+    @cached_property
+    def _umt5(self) -> Reader:
+        missing = [name for name in ("onnxruntime", "tokenizers", "ftfy") if find_spec(name) is None]
+        if missing:
+            raise EngineError(f"reading prompts needs {', '.join(missing)}: pip install 'cfrt[wan,export]'")
+        from .exported_text import ExportedUMT5
+
+        folder = self._bundle.manifest.text_encoder
+        self._bundle.file(f"{folder}/encoder.data")
+        graph, tokenizer = (self._bundle.file(f"{folder}/{name}") for name in ("encoder.onnx", "tokenizer.json"))
+        return ExportedUMT5(graph, tokenizer, self._config.length)
 
 
 def umt5_folders(model: Path | None = None) -> list[Path]:
@@ -266,6 +294,9 @@ def encoder(
     """The text encoder that belongs to a model, whose folder may hold umT5; device and precision are umT5's.
     WeightsError when its table is missing."""
     if config.text.kind == "umt5":
+        bundle = Bundle.open(folder) if folder is not None and is_bundle(folder) else None
+        if bundle is not None and bundle.manifest.text_encoder is not None:
+            return ExportedText(config.text, bundle)
         return UMT5Text(config.text, umt5_folders(folder), device=device, precision=precision)
     if TABLE not in weights:
         raise WeightsError(f"the weights of {config.name!r} hold no {TABLE}; they are incomplete")

@@ -21,6 +21,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from types import TracebackType
 
+from .errors import CfrtError
+
 Hook = Callable[[str], AbstractContextManager[object]]
 """Gives what is entered around the stage of that name, in the thread that does it."""
 
@@ -90,8 +92,11 @@ class Trace:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the events as JSON; OSError where that cannot be."""
-        Path(path).write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}), encoding="utf-8")
+        """Writes the events as JSON. CfrtError where that cannot be."""
+        try:
+            Path(path).write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}), encoding="utf-8")
+        except OSError as error:
+            raise CfrtError(f"cannot write the trace to {os.fspath(path)}: {error.strerror or error}") from error
 
 
 class _Span:

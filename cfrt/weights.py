@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from .bundle import TENSORS, Bundle, is_bundle
 from .config import ModelConfig
 from .errors import WeightsError
 
@@ -109,8 +110,13 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
 
     ConfigError for a bad config.json; WeightsError when the weights are missing, truncated, corrupt, not finite, or
     saved with another config. Whether every tensor is there is the reader's to say, through `match`.
+
+    Of an exported bundle: its config, and the tensors outside its graphs.
     """
     folder = Path(folder)
+    if is_bundle(folder):
+        bundle = Bundle.open(folder)
+        return bundle.manifest.config, _map_safetensors(bundle.file(TENSORS))[0]
     if not folder.is_dir():
         raise WeightsError(f"expected a model folder at {folder}, found {'a file' if folder.exists() else 'nothing'}")
     config = ModelConfig.load(folder / CONFIG_FILE)
@@ -118,6 +124,13 @@ def load_model(folder: str | Path) -> tuple[ModelConfig, Arrays]:
     if "config" in metadata:
         _check_same(config, metadata["config"], folder)
     return config, tensors
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a model's folder, or of an exported bundle, alone."""
+    if is_bundle(folder):
+        return Bundle.open(folder).manifest.config
+    return ModelConfig.load(Path(folder) / CONFIG_FILE)
 
 
 def part(tensors: Arrays, prefix: str) -> Arrays:

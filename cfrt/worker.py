@@ -7,26 +7,25 @@ Everything that touches the engine (`cfrt.maker`) runs in this thread; what othe
 between units. What is shared is read and written under one lock, which nobody holds while a unit is made.
 """
 
-import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from .clock import Clock
 from .config import ModelConfig
 from .engines import Engine
 from .errors import CfrtError
 from .frame import Frame
 from .journal import Journal
 from .maker import Maker, Past
+from .playback import Due, Playback
 from .stats import Meters, Stats
 from .timeline import Blend, Timeline
 from .trace import Hook
@@ -39,26 +38,18 @@ CALLED_OFF = 4
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A stream between two units: what the engine holds, what is made but not handed out, what comes next."""
+    """A stream after one of its frames: what the engine holds, what is made, what comes next."""
 
     engine: Any
     past: Past
     next: int
-    """The first unit that is not made."""
+    """The first unit that is not made: the one after the last frame handed out."""
     shown: int
-    """Index of the last frame handed out."""
+    """Index of that frame."""
     queue: tuple[Frame, ...]
+    """The rest of its unit."""
     timeline: Timeline
     journal: Journal | None = None
-
-
-class Due(NamedTuple):
-    """What a consumer gets now: a frame; or none, and the seconds until one may be due, None = until something happens
-    or, with `closed`, never."""
-
-    frame: Frame | None = None
-    wait: float | None = None
-    closed: bool = False
 
 
 class Worker:
@@ -75,26 +66,27 @@ class Worker:
         born: float,
         meters: Meters,
         span: Hook,
+        state: State | None = None,
     ) -> None:
         self._maker, self._config, self._meters, self._span = maker, config, meters, span
-        self._live, self._born = live, born
+        self._born = born
         # Below: shared between threads, read and written under the lock.
         self._lock = threading.Condition()
         self._timeline = timeline
-        self._clock = Clock(fps, live=live)
-        self._queue: deque[Frame] = deque()
+        self._playback = Playback(config, fps, live=live)
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._listeners: list[Callable[[], None]] = []
         self._next = 0  # the first unit that is not started
-        self._shown = -1  # index of the last frame handed out
-        self._last: Frame | None = None  # that frame, for display
-        self._gate = math.inf  # the first frame that a pause holds back
         self._called_off = 0  # times that the unit after the one on show was taken back
         self._awaited: tuple[int, float] | None = None  # unit of the last change of prompt, when it was asked for
         self._closed = False
         self._error: BaseException | None = None
+        with self._lock:
+            loaded = None if state is None else self._post(partial(self._load, state))
         self._thread = threading.Thread(target=self._run, name="cfrt-stream", daemon=True)
         self._thread.start()
+        if loaded is not None:
+            loaded.result()  # before anybody asks where the stream is
 
     # ------------------------------------------------------------------ the consumer's side: frames
 
@@ -128,13 +120,13 @@ class Worker:
 
     def last_frame(self) -> Frame | None:
         """The frame handed out last."""
-        return self._last
+        return self._playback.last
 
     # ------------------------------------------------------------------ the consumer's side: control
 
     @property
     def paused(self) -> bool:
-        return self._gate != math.inf
+        return self._playback.paused
 
     @property
     def unit(self) -> int:
@@ -162,7 +154,7 @@ class Worker:
         with self._lock:
             unit = self._turn(flush or recache)
             self._timeline.change(unit, text, rows, blend_units, blend=blend, recache=recache)
-            self._awaited = (unit, asked)
+            self._awaited = None if self.paused else (unit, asked)
             done = self._post(self._recache) if recache else None
         return unit, None if done is None else done.result()
 
@@ -177,26 +169,21 @@ class Worker:
         """Hands out no further frame until `resume` or `step`; cancels what is left of a step."""
         with self._lock:
             self._check_running()
-            self._hold()
+            self._playback.pause(perf_counter())
+            self._awaited = None
 
     def resume(self) -> None:
         """Goes on after a pause, in time with a new beat."""
         with self._lock:
             self._check_running()
-            if self.paused:
-                self._gate = math.inf
-                self._clock.reset()
+            self._playback.resume()
             self._notify()
 
     def step(self, units: int) -> int | None:
-        """While paused: lets frames through to the end of the next `units` units, the rest of one that is half shown
-        counting as the first. Gives the last of these units; None when there is no pause."""
+        """While paused: lets the frames of so many units through (`Playback.step`)."""
         with self._lock:
             self._check_running()
-            if not self.paused:
-                return None
-            last = self._config.unit_at(int(self._gate)) + units - 1
-            self._gate = self._config.first_frame(last + 1)
+            last = self._playback.step(units)
             self._notify()
             return last
 
@@ -215,7 +202,10 @@ class Worker:
 
     def branch(self) -> tuple[Engine, State]:
         """What a second stream with the same past needs."""
-        return self._call(self._branch)
+        engine, state = self._call(self._branch)
+        if isinstance(engine, Exception):
+            raise engine
+        return engine, state
 
     def stats(self) -> Stats:
         """What has been measured so far."""
@@ -225,6 +215,7 @@ class Worker:
         return self._meters.read(
             ring=(held, geometry.capacity - 2 * geometry.unit),
             unit_duration=duration,
+            dropped=self._playback.dropped,
             journal_bytes=self._maker.journal.nbytes,
         )
 
@@ -245,48 +236,25 @@ class Worker:
     def _due(self) -> Due:
         if self._closed:
             return Due(closed=True)
-        if not self._queue:
-            if self._error is not None:
-                raise self._error
-            return Due()
-        self._drop_late()
-        index = self._queue[0].index
-        if index >= self._gate:
-            self._clock.reset()
-            return Due()
-        wait = self._clock.delay(index, perf_counter())
-        return Due(wait=wait) if wait > 0 else Due(self._hand_out(self._queue.popleft()))
+        if self._error is not None and not self._playback.queue:
+            raise self._error
+        before, due = self._playback.position, self._playback.due(perf_counter())
+        if due.frame is not None:
+            self._handed_out(due.frame, before)
+        return due
 
-    def _hand_out(self, frame: Frame) -> Frame:
-        now = perf_counter()
-        self._clock.tick(frame.index, now)
-        if frame.unit != self._config.unit_at(self._shown):
+    def _handed_out(self, frame: Frame, before: int) -> None:
+        if frame.unit != self._config.unit_at(before):
             self._called_off = 0
-        self._shown, self._last = frame.index, frame
         self._meters.frames += 1
         if self._awaited is not None and frame.unit >= self._awaited[0]:
-            self._meters.change_to_pixel.add(now - self._awaited[1])
+            self._meters.change_to_pixel.add(perf_counter() - self._awaited[1])
             self._awaited = None
         self._notify()
-        return frame
-
-    def _drop_late(self) -> None:
-        """A live consumer gets the newest frame that is due; what it missed is counted and gone."""
-        newest = self._newest()
-        while len(self._queue) > 1 and self._queue[1].index <= newest:
-            self._queue.popleft()
-            self._meters.dropped += 1
-
-    def _newest(self) -> int:
-        """Index of the frame that a live stream shows by the clock, among those that are made; -1 for none."""
-        if not self._live:
-            return -1
-        made = self._queue[-1].index if self._queue else self._shown
-        return int(min(self._clock.newest(perf_counter()), made, self._gate - 1))
 
     def _playing(self) -> int:
-        """The unit on show: by the frames handed out or, for a live stream, by the clock."""
-        return self._config.unit_at(max(self._shown, self._newest()))
+        """The unit on show."""
+        return self._playback.unit(perf_counter())
 
     def _reach(self) -> int:
         oldest = self._maker.journal.oldest
@@ -296,34 +264,26 @@ class Worker:
         """The unit from which a change holds: with `flush` the first of which no frame has left, made again if need be;
         else the first that is not started."""
         self._check_running()
-        after = self._playing() + 1
-        unit = min(after, self._next) if flush and self._called_off < CALLED_OFF else self._next
+        unit = self._next
+        if flush and self._called_off < CALLED_OFF:
+            unit = min(self._playing() + 1, self._next)
         if unit < self._next:
             self._called_off += 1
             self._forget_from(unit)
         oldest = self._maker.journal.oldest
-        self._timeline.forget(max(0, unit - 1 if oldest is None else min(oldest, unit - 1)))
+        earliest = self._playing() + 1 if oldest is None else min(oldest, self._playing() + 1)
+        self._timeline.forget(max(0, earliest - 1))  # a change of that unit may be blended with the one before it
         self._notify()
         return unit
 
     def _forget_from(self, unit: int) -> None:
         """Nothing of `unit` and later ones is made; whoever makes it next takes it back first."""
         self._next = unit
-        self._queue = deque(frame for frame in self._queue if frame.unit < unit)
+        self._playback.forget_from(unit)
 
-    def _hold(self) -> None:
-        """Closes the gate after the frame on show."""
-        self._drop_late()
-        self._shown = max(self._shown, self._newest())
-        self._gate, self._awaited = self._shown + 1, None
-        self._clock.reset()
-
-    def _jump(self, shown: int) -> None:
-        """Frame `shown` is now the last one handed out."""
-        self._shown, self._called_off, self._awaited = shown, 0, None
-        self._clock.reset()
-        if self.paused:
-            self._gate = shown + 1
+    def _jump(self, shown: int, queue: Iterable[Frame] = ()) -> None:
+        self._playback.jump(shown, queue)
+        self._called_off, self._awaited = 0, None
         self._notify()
 
     def _check_running(self) -> None:
@@ -377,15 +337,8 @@ class Worker:
                     self._next += 1
                     return partial(self._make, self._next - 1, self._timeline.copy())
                 with self._span("wait"):
-                    self._lock.wait(self._until_next_unit())
+                    self._lock.wait(self._playback.begins(self._next - 1, perf_counter()))
         return None
-
-    def _until_next_unit(self) -> float | None:
-        """Seconds until the clock of a live stream starts the unit before the next one; None where only frames do."""
-        if not self._live or not self._clock.running:
-            return None
-        first = self._config.first_frame(self._next - 1)
-        return None if first >= self._gate else self._clock.delay(first, perf_counter())
 
     def _do(self, task: Callable[[], Any], done: "Future[Any]") -> None:
         try:
@@ -421,8 +374,7 @@ class Worker:
                 self._meters.time_to_first_frame = perf_counter() - self._born
             self._meters.units += 1
             self._meters.latency.add(latency)
-            self._queue.extend(frames)
-            self._drop_late()
+            self._playback.put(frames, perf_counter())
             self._notify()
         return True
 
@@ -439,26 +391,31 @@ class Worker:
             if units > reach:
                 return None, reach
             self._forget_from(unit)
-            self._queue.clear()
             self._jump(self._config.first_frame(unit) - 1)
         self._maker.go_back(unit)
         return unit, reach
 
     def _save(self, portable: bool) -> State:
+        """A unit that was made ahead is taken back, so that whoever goes on from here may still change it."""
         with self._lock:
-            unit, shown, timeline = self._next, max(self._shown, self._newest()), self._timeline.copy()
-            queue = tuple(frame for frame in self._queue if frame.index > shown)
+            shown, timeline = self._playback.shown(perf_counter()), self._timeline.copy()
+            unit = self._config.unit_at(shown) + 1
+            self._forget_from(unit)
+            queue = tuple(frame for frame in self._playback.queue if frame.index > shown)
         engine, past = self._maker.save(unit, portable=portable)
         return State(engine=engine, past=past, next=unit, shown=shown, queue=queue, timeline=timeline)
 
-    def _branch(self) -> tuple[Engine, State]:
-        state = self._save(portable=False)
-        return self._maker.engine.twin(), replace(state, journal=self._maker.journal.copy())
+    def _branch(self) -> tuple[Engine | Exception, State]:
+        """Where there is no room for a second engine, the first one goes on."""
+        state = replace(self._save(portable=False), journal=self._maker.journal.copy())
+        try:
+            return self._maker.engine.twin(), state
+        except Exception as error:
+            return error, state
 
     def _load(self, state: State) -> None:
         journal = None if state.journal is None else state.journal.copy()
         self._maker.load(state.next, state.engine, state.past, journal)
         with self._lock:
-            self._next, self._queue = state.next, deque(state.queue)
-            self._timeline = state.timeline.copy()
-            self._jump(state.shown)
+            self._next, self._timeline = state.next, state.timeline.copy()
+            self._jump(state.shown, state.queue)

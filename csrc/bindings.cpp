@@ -5,13 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
 #include <string>
 
 #include "bindings_kernels.h"
 #include "build_info.h"
 #include "cpu/noise.h"
-#include "cuda/renoise.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -89,24 +87,6 @@ void renoise(const Array<float>& x0, double s, const cfrt::NoiseKey& noise, Arra
     cfrt::renoise(to, from, count, cfrt::make_renoise(s, noise));
 }
 
-void renoise_cuda(std::uintptr_t out, std::uintptr_t x0, std::int64_t count, const std::string& dtype, double s,
-                  const cfrt::NoiseKey& noise, std::uintptr_t stream) {
-    static const std::map<std::string, cfrt_dtype> dtypes{
-        {"float32", CFRT_FLOAT32}, {"float16", CFRT_FLOAT16}, {"bfloat16", CFRT_BFLOAT16}};
-    const auto found = dtypes.find(dtype);
-    cfrt::check(found != dtypes.end(), "expected dtype float32, float16 or bfloat16, got ", dtype);
-    not_negative("count", count);
-#ifdef CFRT_HAS_CUDA
-    const int code =
-        cfrt_renoise(reinterpret_cast<void*>(out), reinterpret_cast<const void*>(x0), count, found->second, s,
-                     noise.seed, noise.unit, noise.step, noise.purpose, reinterpret_cast<void*>(stream));
-    if (code != 0) throw std::runtime_error(std::string("CUDA refused to re-noise: ") + cfrt_cuda_error(code));
-#else
-    (void)out, (void)x0, (void)s, (void)noise, (void)stream;
-    throw std::runtime_error("this _cfrt was built without CUDA; reinstall cfrt with CFRT_CUDA=ON in the environment");
-#endif
-}
-
 void bind_noise(py::module_& m) {
     py::class_<cfrt::NoiseKey>(m, "Noise", "Which noise: seed, unit, step and purpose; see cfrt/noise.py.")
         .def(py::init([](std::uint64_t seed, std::uint32_t unit, std::uint32_t step, std::uint32_t purpose) {
@@ -125,8 +105,6 @@ void bind_noise(py::module_& m) {
             "count"_a, "The first `count` standard normal numbers, float32.");
     m.def("renoise", &renoise, "x0"_a.noconvert(), "s"_a, "noise"_a, "out"_a.noconvert(),
           "out = (1 - s) x0 + s e over contiguous float32 arrays of equal size; out may be x0.");
-    m.def("renoise_cuda", &renoise_cuda, "out"_a, "x0"_a, "count"_a, "dtype"_a, "s"_a, "noise"_a, "stream"_a = 0,
-          "The same on device pointers, put on a stream. RuntimeError in CUDA's words where that fails.");
 }
 
 }  // namespace
@@ -138,6 +116,8 @@ PYBIND11_MODULE(_cfrt, m) {
     bind_plan(m);
     bind_noise(m);
     cfrt::bind_kernels(m);
-    cfrt::bind_cuda(m);
+    py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, on device pointers and a stream.");
+    cfrt::bind_cuda_ring(cuda);
+    cfrt::bind_cuda(cuda);
     cfrt::bind_engine(m);
 }

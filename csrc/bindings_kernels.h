@@ -14,7 +14,8 @@ Precision precision_of(const std::string& name);
 
 void bind_kernels(pybind11::module_& parent);
 void bind_attention(pybind11::module_& kernels);
-void bind_cuda(pybind11::module_& parent);
+void bind_cuda(pybind11::module_& cuda);
+void bind_cuda_ring(pybind11::module_& cuda);
 void bind_autoencoder(pybind11::module_& kernels);
 void bind_engine(pybind11::module_& parent);  // after bind_kernels, which binds Threads
 

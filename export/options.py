@@ -1,24 +1,58 @@
-"""What every export needs to be told, and the two ways in which a command of this version can end without a result."""
+"""What every export needs to be told."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cfrt.config import PRESETS
+
+Decoder = Literal["wan", "taehv", "tiny"]
+Level = Literal["full", "segments"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """From which weights, to which folder."""
+    """Which model, from which weights, into which folder."""
 
     model: str
-    """Preset the weights belong to; `cfrt models` lists them."""
-
-    weights: Path
-    """Checkpoint: .safetensors, or .pt with official, diffusers or cfrt names."""
+    """Preset (`cfrt models` lists them), embedded student, model folder, or config.json."""
 
     out: Path
-    """Folder to write to."""
+    """Folder of the bundle; it must not exist."""
+
+    weights: str | None = None
+    """Checkpoint (.safetensors or .pt with official, diffusers or cfrt names) or model folder; "random" measures an
+    export without one. Default: the model's own, for a preset its released file."""
+
+    vae: Path | None = None
+    """Wan2.1_VAE.pth, where the model's folder holds no autoencoder. Default: looked for where `cfrt pull` puts it."""
+
+    taehv: Path | None = None
+    """taew2_1.pth, for `--decoder taehv`. Default: as above."""
+
+    text_encoder: Path | None = None
+    """Folder of umT5's files, to go into the bundle as int8 ONNX. Default: none; the bundle then reads prompts as any
+    model does."""
+
+    decoder: Decoder | None = None
+    """What turns latents into pixels. Default: the model's own autoencoder."""
+
+    resolution: str | None = None
+    """HEIGHTxWIDTH of the frames in pixels. Default: the model's own."""
+
+    window: int | None = None
+    """W, latent frames that a unit sees. Default: the model's own."""
+
+    sinks: int | None = None
+    """K, first frames seen for ever. Default: the model's own."""
+
+    verify: Level | None = None
+    """"full" runs the whole chain through the ring's wrap and its sinks; "segments" one segment of each kind, with few
+    tokens. Default: full below 0.3 billion parameters."""
+
+    dry_run: bool = False
+    """Say what would be made, how large it is and about how long it takes, and stop."""
 
 
 def refuse(command: str, options: Checkpoint, product: str) -> int:

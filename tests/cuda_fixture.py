@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 from ptxsim import Built, Device, Memory, Module, Options, Report, Runtime, build
 
+from benchmarks.exact import Array, formula, from_bf16, normal, to_bf16
+
+__all__ = ["formula", "from_bf16", "normal", "to_bf16"]  # and all that is defined here
+
 CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 GRANULE = {"bf16": 32, "int8": 64}  # CFRT_GRANULE_*
 Piece = tuple[int, int]
-Array = np.ndarray
 
 
 class RawPiece(ctypes.Structure):
@@ -32,6 +35,20 @@ class RawAttention(ctypes.Structure):
         "q_stride out_stride row_stride",
         "queries heads dim splits piece_count sink_pieces",
         ("scale", ctypes.c_float),
+        ("record", ctypes.c_void_p),
+        ("pieces", RawPiece * 128),
+    )
+
+
+class RawPass(ctypes.Structure):
+    """cfrt_pass of pass.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("unit", ctypes.c_uint32),
+        *_structure("", "", "granules sink_granules piece_count sink_pieces frames"),
+        ("first_frame", ctypes.c_int64),
+        ("place", ctypes.c_int32 * 32),
         ("pieces", RawPiece * 128),
     )
 
@@ -44,7 +61,7 @@ class RawAppend(ctypes.Structure):
         *_structure(
             "q_weight k_weight q_out q_sink_out q_scale q_sink_scale k_out v_out k_scale v_scale scratch", "", ""
         ),
-        *_structure("", "first_frame last_sink_view", "heads dim frames rows columns"),
+        *_structure("record", "first_frame last_sink_view", "heads dim frames rows columns"),
         ("pairs", ctypes.c_int32 * 3),
         ("eps", ctypes.c_float),
         ("granules", ctypes.c_int32 * 32),
@@ -88,30 +105,6 @@ def fill(raw: ctypes.Structure, **values) -> ctypes.Structure:
 
 
 # ---------------------------------------------------------------------- numbers
-
-
-def to_bf16(x: Array) -> Array:
-    """Bits, to nearest even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: Array) -> Array:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def normal(seed: int, *shape: int) -> Array:
-    """fp32 numbers that bf16 can hold."""
-    return from_bf16(to_bf16(np.random.default_rng(seed).normal(size=shape)))
-
-
-def formula(q: Array, k: Array, v: Array, q_sink: Array, sinks: int) -> Array:
-    """softmax(q k^T / sqrt(D)) v in fp64, [N, H, D]; the first keys are looked at by q_sink."""
-    q, k, v, q_sink = (x.astype(np.float64) for x in (q, k, v, q_sink))
-    scores = [np.einsum("nhd,mhd->hnm", *x) for x in ((q_sink, k[:sinks]), (q, k[sinks:]))]
-    scores = np.concatenate(scores, axis=-1) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("hnm,mhd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
 
 
 def granules(x: Array, rows: int, padding: float) -> Array:

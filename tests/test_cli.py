@@ -333,7 +333,9 @@ def test_doctor(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert main(["doctor", "--model", str(student), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["cfrt"] == cfrt.__version__
-    assert report["engines"] == {"model": str(student), "refusals": {"native": None, "torch": None}, "chosen": "native"}
+    engines = report["engines"]
+    assert (engines["model"], engines["chosen"]) == (str(student), "native")
+    assert [name for name, reason in engines["refusals"].items() if reason is None] == ["native", "torch"]
     assert report["packages"]["numpy"] == np.__version__
     assert report["processor"]["isa"] in report["processor"]["levels"]
     assert report["processor"]["precision"] in ("bf16", "fp32")
@@ -391,3 +393,15 @@ def test_models(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     out = capsys.readouterr().out
     assert "small: 32 x 32 at 16 fps, 2 steps (4 for the first unit)" in out
     assert "broken: broken (" in out
+
+
+# ---------------------------------------------------------------------- trace
+
+
+def test_a_trace_is_written(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("-o", "out.gif", "--trace", "out.json", student=student) == 0
+    events = json.loads(Path("out.json").read_text())["traceEvents"]
+    assert {"unit", "denoise 0", "decode"} <= {event["name"] for event in events}
+    assert generate("-o", "out.gif", "--trace", "nowhere/out.json", student=student) == 1
+    assert "cannot write the trace to nowhere/out.json" in capsys.readouterr().err
+    assert generate("-o", "out.gif", "--trace", "out.txt", student=student) == 2

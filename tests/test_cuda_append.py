@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from cuda_fixture import GRANULE, Array, RawAppend, fill, from_bf16, granules, host, launch, normal, to_bf16
+from cuda_fixture import GRANULE, Array, RawAppend, RawPass, fill, from_bf16, granules, host, launch, normal, to_bf16
 from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 
 import _cfrt
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
 
 THETA, EPS = 10000.0, 1e-6
 
@@ -26,6 +26,8 @@ class Case:
     slots: tuple[int, ...] = (3, 0, 1)
     first_frame: int = 7
     sink_view: int | None = 8
+    record: bool = False
+    """Where frames start, and when, is said in device memory."""
 
     def __post_init__(self) -> None:
         third = self.dim // 6
@@ -77,6 +79,10 @@ class Case:
             frames=len(self.slots), rows=self.grid[0], columns=self.grid[1], pairs=self.pairs, eps=EPS,
             granules=[slot * count for slot in self.slots], **out,
         )  # fmt: skip
+        if self.record:
+            where = {"first_frame": self.first_frame, "place": [slot * count for slot in self.slots]}
+            record = memory.put(np.frombuffer(bytes(fill(RawPass(), **where)), np.uint8))
+            fill(raw, record=record, first_frame=-1, granules=[-1] * len(self.slots))
         host("append").cfrt_turns(raw.turns, raw.pairs, ctypes.c_double(THETA))
         function = "cfrt_append_bf16" if storage == "bf16" else "cfrt_append_int8_fp8"
         report = launch("append", function, memory, raw, options=options)
@@ -176,6 +182,15 @@ def test_int8_fp8_is_the_bf16_rounded(name: str) -> None:
         assert (case.stored(values, frame) == wanted).all()
     assert (case.untouched(out["k_out"]) == 77).all()
     assert (case.untouched(out["v_out"]) == 77).all()
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_a_record_in_device_memory_is_the_call(storage: str) -> None:
+    case = CASES["three frames, sink view"]
+    expected, _ = case.run(storage)
+    out, _ = Case(record=True).run(storage)
+    for name in expected:
+        np.testing.assert_array_equal(out[name], expected[name])
 
 
 def test_the_padding_of_8_bits_is_zero() -> None:

@@ -10,6 +10,7 @@ from cuda_fixture import (
     GRANULE,
     Array,
     RawAttention,
+    RawPass,
     RawPiece,
     fill,
     formula,
@@ -27,7 +28,7 @@ from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 import _cfrt
 from cfrt.blocks import Geometry
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
 
 POISON = 1e4
 """In the padding of a frame and in slots that are not read: finite, and nobody may notice."""
@@ -62,18 +63,28 @@ class Case:
     def pieces(self, step: int) -> list[RawPiece]:
         return [RawPiece(slot * step, self.tokens) for slot in self.slots]
 
-    def call(self, memory: Memory, step: int, **buffers) -> tuple[RawAttention, Array]:
+    def record(self, step: int) -> Array:
+        """The same pieces as device memory holds them for a call that does not list them."""
+        count = {"granules": len(self.slots) * step, "sink_granules": self.sinks * step}
+        raw = fill(RawPass(), piece_count=len(self.slots), sink_pieces=self.sinks, pieces=self.pieces(step), **count)
+        return np.frombuffer(bytes(raw), np.uint8)
+
+    def call(self, memory: Memory, step: int, record: bool = False, **buffers) -> tuple[RawAttention, Array]:
         out = memory.empty((self.m, self.heads, self.dim), np.uint16)
-        scratch = memory.empty(self.splits * self.m * self.heads * (self.dim + 1), np.float32)
+        self.scratch = scratch = memory.empty(self.splits * self.m * self.heads * (self.dim + 1), np.float32)
         width = self.heads * self.dim
         raw = fill(
             RawAttention(), out=out, scratch=scratch, q_stride=width, out_stride=width, queries=self.m,
             heads=self.heads, dim=self.dim, splits=self.splits, piece_count=len(self.slots), sink_pieces=self.sinks,
             scale=self.dim**-0.5, pieces=self.pieces(step), **buffers,
         )  # fmt: skip
+        if record:
+            fill(raw, record=memory.put(self.record(step)), piece_count=0, sink_pieces=0, pieces=[RawPiece(-1, -1)])
         return raw, out.array
 
-    def bf16(self, layout: str = "granules", options: Options = Options()) -> tuple[Array, Report]:  # noqa: B008
+    def bf16(
+        self, layout: str = "granules", options: Options = Options(), record: bool = False,  # noqa: B008
+    ) -> tuple[Array, Report]:  # fmt: skip
         memory = Memory()
         put = lambda x: memory.put(to_bf16(x))  # noqa: E731
         if layout == "rows":
@@ -83,7 +94,7 @@ class Case:
             step, stride = -(-self.tokens // GRANULE["bf16"]), 0
         k, v = map(put, stores)
         q_sink = put(self.q_sink) if self.sinks else None
-        raw, out = self.call(memory, step, q=put(self.q), q_sink=q_sink, k=k, v=v, row_stride=stride)
+        raw, out = self.call(memory, step, q=put(self.q), q_sink=q_sink, k=k, v=v, row_stride=stride, record=record)
         report = launch("attention_bf16", "cfrt_attention_bf16", memory, raw, options=options)
         return from_bf16(out), report
 
@@ -137,6 +148,27 @@ def test_bf16_does_not_depend_on_the_schedule(name: str, options: Options) -> No
     assert (CASES[name].bf16(options=options)[0] == CASES[name].bf16()[0]).all()
 
 
+@named
+def test_a_record_in_device_memory_is_the_list(name: str) -> None:
+    """Bit for bit where the keys are dealt out alike; parts that nothing is left for are neither written nor read."""
+    out, _ = CASES[name].bf16(record=True)
+    CASES[name].check(out)
+    if CASES[name].splits == 1:
+        assert (out == CASES[name].bf16()[0]).all()
+
+
+def assert_idle_parts_untouched(case: Case, parts: int) -> None:
+    rows = case.m * case.heads * case.dim
+    assert (case.scratch.array.view(np.uint32)[parts * rows : case.splits * rows] == 0xFFFFFFFF).all()
+
+
+def test_parts_without_keys_write_nothing() -> None:
+    """Two frames of one granule each, eight parts."""
+    case = copied(CASES["more parts than granules"])
+    case.bf16(record=True)
+    assert_idle_parts_untouched(case, 2)
+
+
 def test_bf16_equals_its_cpu_twin() -> None:
     """Both round the weights to bf16 and the result; they differ by the order of sums."""
     case = Case(96, 2, 64, 48, WRAPPED, sinks=1)
@@ -146,19 +178,23 @@ def test_bf16_equals_its_cpu_twin() -> None:
     assert np.abs(out - native).max() <= 2 * np.abs(out - case.exact()).max()
 
 
-@settings(max_examples=12)
-@given(st.data())
-def test_bf16_reads_what_a_unit_sees(data: st.DataObject) -> None:
-    """Any geometry: the slots of the ring plan, in its order, sinks from their own position."""
+def any_case(data: st.DataObject) -> Case:
+    """A unit of any geometry over the slots that it sees, in the order of the ring plan."""
     f = data.draw(st.sampled_from([1, 3]), "unit")
     geometry = Geometry(unit=f, window=f * data.draw(st.integers(1, 3), "W / F"), sinks=data.draw(st.integers(0, 2)))
     unit, tokens = data.draw(st.integers(0, 9), "u"), data.draw(st.integers(1, 70), "tokens")
     frames = [frame for span in geometry.visible_frames(unit) for frame in range(*span)]
     sinks = sum(frame < geometry.sinks for frame in frames)
     splits = data.draw(st.integers(1, 4))
-    case = Case(f * tokens, 1, 64, tokens, [geometry.slot(frame) for frame in frames], sinks, splits)
-    layout = data.draw(st.sampled_from(["granules", "rows"]))
-    out, _ = case.bf16(layout)
+    return Case(f * tokens, 1, 64, tokens, [geometry.slot(frame) for frame in frames], sinks, splits)
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_bf16_reads_what_a_unit_sees(data: st.DataObject) -> None:
+    """Any geometry, in any of the three ways to say where its keys are."""
+    case, way = any_case(data), data.draw(st.sampled_from(["granules", "rows", "record"]))
+    out, _ = case.bf16("granules" if way == "record" else way, record=way == "record")
     case.check(out)
 
 
@@ -226,7 +262,7 @@ class Quantised:
         case.q, case.q_sink = (x * s[..., None].astype(np.float64) for x, s in zip(self.q8, self.qs, strict=True))
         case.k, case.v = self.k8 * of_token.astype(np.float64), v * self.vs.astype(np.float64)
 
-    def run(self, options: Options = Options(), **device) -> tuple[Array, Report]:  # noqa: B008
+    def run(self, options: Options = Options(), record: bool = False, **device) -> tuple[Array, Report]:  # noqa: B008
         case, memory, rows = self.case, Memory(), GRANULE["int8"]
         order = [host("attention_int8_fp8").cfrt_fp8_position(t) for t in range(rows)]
         v = np.empty_like(transposed := granules(self.v8, rows, 0x7E).transpose(0, 1, 3, 2), order="C")
@@ -236,7 +272,7 @@ class Quantised:
         buffers = {name: memory.put(array) for name, array in zip(names, arrays, strict=True)}
         if not case.sinks:
             buffers["q_sink"] = None
-        raw, out = case.call(memory, -(-case.tokens // rows), row_stride=0, **buffers)
+        raw, out = case.call(memory, -(-case.tokens // rows), record, row_stride=0, **buffers)
         function = "cfrt_attention_int8_fp8"
         report = launch("attention_int8_fp8", function, memory, raw, int(self.half), options=options, **device)
         return from_bf16(out), report
@@ -280,6 +316,22 @@ def copied(case: Case, **changes) -> Case:
 def test_int8_fp8_does_not_depend_on_the_schedule(options: Options) -> None:
     case = Quantised(copied(EIGHT_BITS["three parts"]))
     assert (case.run(options)[0] == case.run()[0]).all()
+
+
+@pytest.mark.parametrize("splits", [1, 9])
+def test_a_record_is_the_list_in_8_bits(splits: int) -> None:
+    case = Quantised(copied(EIGHT_BITS["three parts"], splits=splits))
+    case.check(case.run(record=True)[0])
+    granules = 2 * len(WRAPPED)
+    assert_idle_parts_untouched(case.case, -(-granules // -(-granules // splits)))
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_int8_fp8_reads_what_a_unit_sees(data: st.DataObject) -> None:
+    """Any geometry: the slots of the ring plan, in its order, sinks from their own position; listed or in a record."""
+    case = Quantised(any_case(data), data.draw(st.booleans(), "fp16 sums"))
+    case.check(case.run(record=data.draw(st.booleans(), "record"))[0])
 
 
 def test_int8_fp8_holds_with_adas_sums() -> None:

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import _cfrt
 from cfrt.blocks import Span
 from cfrt.errors import EngineError
-from cfrt.nn.attention import _cuda_call, _cuda_pieces, attention, cuda_refusal
+from cfrt.nn.attention import attention, cuda_refusal
+from cfrt.nn.attention.cuda import _call, _pieces
 
 pytestmark = pytest.mark.cpu
 
@@ -33,11 +34,11 @@ def visible(x: Tensor) -> Buffer:
 
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def simulated(monkeypatch: pytest.MonkeyPatch, nvcc: str) -> list[Tensor]:
     """`_cfrt.cuda` runs in ptxsim, where a kernel may touch the tensors of this list and what it is given to write."""
     tensors: list[Tensor] = []
 
-    def attention_bf16(*, out: int, q_sink: int, pieces: list[Span], stream: int, **fields) -> None:
+    def run(*, out: int, q_sink: int, pieces: list[Span], stream: int, **fields) -> None:
         memory = Memory()
         memory.buffers += [visible(x) for x in tensors]
         answer = memory.empty(fields["queries"] * fields["out_stride"], np.uint16)
@@ -48,7 +49,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         ctypes.memmove(out, answer.address, answer.nbytes)
 
     monkeypatch.setattr(_cfrt.cuda, "plan", plan)
-    monkeypatch.setattr(_cfrt.cuda, "attention_bf16", attention_bf16)
+    monkeypatch.setattr(_cfrt.cuda, "attention", run)
     return tensors
 
 
@@ -64,7 +65,7 @@ def test_it_is_the_reference_over_ranges(simulated: list[Tensor], fused: bool) -
     q, q_sink = (torch.randn(2, 33, 2, 64, generator=generator).bfloat16() for _ in range(2))
     ranges = [(70, 90), (0, 40), (45, 61)]
     simulated += [q, q_sink, k, v]
-    out = _cuda_call(q, k, v, [bound for span in ranges for bound in span], q_sink, 35, 128, 0)
+    out = _call(q, k, v, [bound for span in ranges for bound in span], q_sink, 35, 128, 0)
     options = {"ranges": ranges, "sink_tokens": 35}
     exact = attention(*(x.double() for x in (q, k, v)), q_sink=q_sink.double(), **options)
     eager = attention(q, k, v, q_sink=q_sink, **options, backend="sdpa")
@@ -72,20 +73,20 @@ def test_it_is_the_reference_over_ranges(simulated: list[Tensor], fused: bool) -
 
 
 def test_sinks_that_end_within_a_range_cut_it() -> None:
-    assert _cuda_pieces([(0, 40), (50, 90)], 60) == ([(0, 40), (50, 20), (70, 20)], 2)
-    assert _cuda_pieces([(3, 9)], 0) == ([(3, 6)], 0)
-    assert _cuda_pieces([(3, 9)], 6) == ([(3, 6)], 1)
+    assert _pieces([(0, 40), (50, 90)], 60) == ([(0, 40), (50, 20), (70, 20)], 2)
+    assert _pieces([(3, 9)], 0) == ([(3, 6)], 0)
+    assert _pieces([(3, 9)], 6) == ([(3, 6)], 1)
 
 
 def test_memory_that_the_kernel_cannot_read_is_refused(simulated: list[Tensor]) -> None:
     q, k = torch.zeros(1, 4, 2, 64).bfloat16(), torch.zeros(1, 2, 4, 64).bfloat16().transpose(1, 2)
     with pytest.raises(EngineError, match="heads of a row side by side"):
-        _cuda_call(q, k, k, [0, 4], None, 0, 128, 0)
+        _call(q, k, k, [0, 4], None, 0, 128, 0)
     odd = torch.zeros(1 * 4 * 2 * 64 + 1).bfloat16()[1:].view(1, 4, 2, 64)
     with pytest.raises(EngineError, match="start on 16 bytes"):
-        _cuda_call(odd, q, q, [0, 4], None, 0, 128, 0)
+        _call(odd, q, q, [0, 4], None, 0, 128, 0)
     with pytest.raises(EngineError, match="laid out like v"):
-        _cuda_call(q, q, torch.zeros(1, 4, 4, 64).bfloat16()[:, :, :2], [0, 4], None, 0, 128, 0)
+        _call(q, q, torch.zeros(1, 4, 4, 64).bfloat16()[:, :, :2], [0, 4], None, 0, 128, 0)
 
 
 @pytest.mark.parametrize(

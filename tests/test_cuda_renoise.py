@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_fixture import compiled, launch
+from cuda_fixture import RawPass, compiled, fill, launch
 from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 from ptxsim.edits import Edit, edited
 
@@ -20,6 +20,7 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 def run(
     dtype: str, count: int, offset: int = 0, in_place: bool = False, options: Options = Options(),  # noqa: B008
+    record: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Report]:  # fmt: skip
     """(what the kernel wrote, what the twin says, report); the arrays start `offset` elements past an alignment."""
     kind = getattr(torch, dtype)
@@ -29,9 +30,14 @@ def run(
     source = memory.put(bits, offset * bits.itemsize)
     out = source if in_place else memory.empty(count, bits.dtype, offset * bits.itemsize)
     seed, *rest = KEY
+    at = None
+    if record:
+        at = memory.put(np.frombuffer(bytes(fill(RawPass(), seed=seed, unit=rest[0])), np.uint8)).address
+        seed, rest[0] = 0, 0
     report = launch(
         "renoise", "cfrt_renoise", memory, ctypes.c_void_p(out.address), ctypes.c_void_p(source.address),
-        ctypes.c_int64(count), DTYPES[dtype], ctypes.c_double(S), ctypes.c_uint64(seed), *rest, options=options,
+        ctypes.c_int64(count), DTYPES[dtype], ctypes.c_double(S), ctypes.c_uint64(seed), *rest, ctypes.c_void_p(at),
+        options=options,
     )  # fmt: skip
     expected = np.empty(count, np.float32)
     _cfrt.renoise(x0.float().numpy(), S, _cfrt.Noise(*KEY), expected)
@@ -50,6 +56,10 @@ def test_renoise_equals_its_cpu_twin(dtype: str, count: int, offset: int) -> Non
 @pytest.mark.parametrize("options", EVERY_SCHEDULE, ids=lambda o: f"{o.schedule}-{o.copies}")
 def test_renoise_does_not_depend_on_the_schedule(options: Options) -> None:
     assert torch.equal(run("bfloat16", 2500, options=options)[0], run("bfloat16", 2500)[0])
+
+
+def test_renoise_by_a_record_in_device_memory() -> None:
+    assert torch.equal(run("float32", 1030, record=True)[0], run("float32", 1030)[0])
 
 
 def test_renoise_in_place() -> None:
@@ -78,4 +88,4 @@ def test_renoise_strides_over_more_than_the_grid() -> None:
 def test_a_count_that_does_not_fit_is_refused(count: int, code: int) -> None:
     with pytest.raises(AssertionError, match=f"returned {code}$"):
         launch("renoise", "cfrt_renoise", Memory(), None, None, ctypes.c_int64(count), 0, ctypes.c_double(S),
-               ctypes.c_uint64(1), 0, 0, 0)  # fmt: skip
+               ctypes.c_uint64(1), 0, 0, 0, None)  # fmt: skip

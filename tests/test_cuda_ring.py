@@ -29,7 +29,7 @@ from cfrt.config import PRESETS, ModelConfig
 from cfrt.errors import EngineError
 from cfrt.nn.ring import RingCache
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
 
 TINY = PRESETS["tiny"]
 
@@ -78,8 +78,8 @@ def test_the_bookkeeping_is_that_of_ring_cache(data: st.DataObject) -> None:
             (memory,), sink_tokens = expected
             count = -(-n // 32)
             tokens = [t for start, stop in memory.ranges for t in range(start, stop, n)]
-            assert [(start // count * n, rows) for start, rows in got[0]] == [(t, n) for t in tokens]
-            assert (got[1] * n, [start // count * n for start in got[2]]) == (
+            assert [(start // count * n, rows) for start, rows in got.pieces] == [(t, n) for t in tokens]
+            assert (got.sink_pieces * n, [start // count * n for start in got.place]) == (
                 sink_tokens, [t for start, stop in memory.slots for t in range(start, stop, n)]
             )  # fmt: skip
             if what == "open+commit":
@@ -154,7 +154,7 @@ class Stream:
 
     def step(self, unit: int) -> Array:
         """One pass, committed: [F N, H, D]."""
-        pieces, sink_pieces, place = self.ring.open(unit)
+        opened = self.ring.open(unit)
         (k, v, _), rows = self.ring.layer(0), self.unit * self.tokens
         inputs = [self.memory.put(to_bf16(x)) for x in self.numbers(unit)]
         q = self.memory.empty((rows, self.heads, self.dim), np.uint16)
@@ -163,7 +163,7 @@ class Stream:
             RawAppend(), **dict(zip(("q", "k", "v"), inputs, strict=True)), stride=self.width, q_weight=self.ones,
             k_weight=self.ones, q_out=q, k_out=self.store.address + k, v_out=self.store.address + v, eps=1e-6,
             first_frame=unit * self.unit, heads=self.heads, dim=self.dim, frames=self.unit, rows=self.grid[0],
-            columns=self.grid[1], pairs=pairs, granules=place,
+            columns=self.grid[1], pairs=pairs, granules=opened.place,
         )  # fmt: skip
         host("append").cfrt_turns(raw.turns, raw.pairs, ctypes.c_double(1e4))
         launch("append", "cfrt_append_bf16", self.memory, raw)
@@ -171,8 +171,9 @@ class Stream:
         out = self.memory.empty((rows, self.heads, self.dim), np.uint16)
         call = fill(
             RawAttention(), q=q, k=self.store.address + k, v=self.store.address + v, out=out, q_stride=self.width,
-            out_stride=self.width, queries=rows, heads=self.heads, dim=self.dim, splits=1, piece_count=len(pieces),
-            sink_pieces=sink_pieces, scale=self.dim**-0.5, pieces=[RawPiece(*piece) for piece in pieces],
+            out_stride=self.width, queries=rows, heads=self.heads, dim=self.dim, splits=1,
+            piece_count=len(opened.pieces), sink_pieces=opened.sink_pieces, scale=self.dim**-0.5,
+            pieces=[RawPiece(*piece) for piece in opened.pieces],
         )  # fmt: skip
         launch("attention_bf16", "cfrt_attention_bf16", self.memory, call)
         self.ring.commit(unit)

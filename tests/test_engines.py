@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_fixture import onnx_engine
 from student_fixture import random_weights, small_config
 
 from cfrt import engines, flow
 from cfrt.config import ModelConfig
-from cfrt.engines import Engine, Spec, choose, names, refusal
+from cfrt.engines import Engine, Memory, Spec, choose, names, refusal
 from cfrt.engines.native import NativeEngine
+from cfrt.engines.onnx import OnnxEngine
 from cfrt.engines.torch import TorchEngine
 from cfrt.errors import EngineError, WeightsError
 
@@ -25,14 +27,17 @@ def spec_of(config: ModelConfig, **changes: Any) -> Spec:
 Prepared = Callable[..., Any]
 
 
-@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"])
+@pytest.fixture(params=[(TorchEngine, "fp64"), (NativeEngine, "fp32"), (OnnxEngine, "fp32")], ids=lambda p: p[0].name)
 def prepared(request: pytest.FixtureRequest) -> Prepared:
     """Makes an engine that has read its text."""
     kind, precision = request.param
 
     def make(config: ModelConfig, **changes: Any) -> Any:
-        engine = kind()
-        engine.prepare(spec_of(config, **{"precision": precision, **changes}))
+        if kind is OnnxEngine:
+            engine = onnx_engine(config, seed=changes.get("seed", 5))
+        else:
+            engine = kind()
+            engine.prepare(spec_of(config, **{"precision": precision, **changes}))
         engine.set_text(rows(1))
         return engine
 
@@ -94,6 +99,42 @@ def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int], prepared: P
     np.testing.assert_array_equal(np.concatenate(advance(engine, config, range(6, 8))), np.concatenate(expected[6:]))
 
 
+in_core = pytest.mark.parametrize(
+    "prepared", [(TorchEngine, "fp64"), (NativeEngine, "fp32")], ids=["torch", "native"], indirect=True
+)
+"""Engines of bundles have tests of their own."""
+
+
+@in_core
+@geometries
+def test_recalling_what_was_overwritten_is_going_back(geometry: dict[str, int], prepared: Prepared) -> None:
+    """What each unit evicts, and the decoder's state before the first of them, undo three units; a twin of the engine
+    that is given all frames in sight goes on alike."""
+    config = small_config(**geometry)
+    engine = prepared(config)
+    advance(engine, config, range(6))
+    seen, undone, expected = engine.memory(range(6 * config.unit)), [], []
+    for unit in range(6, 9):
+        undone.append(engine.memory(range(*config.geometry.evicted_by(unit))))
+        expected += advance(engine, config, range(unit, unit + 1))
+    keys = {frame: kv for memory in reversed(undone) for frame, kv in memory.keys.items() if frame < 6 * config.unit}
+    engine.recall(Memory(unit=6, keys=keys, decoder=undone[0].decoder))
+    twin = engine.twin()
+    twin.set_text(rows(1))
+    twin.recall(seen)
+    for one in (engine, twin):
+        np.testing.assert_array_equal(np.stack(advance(one, config, range(6, 9))), np.stack(expected))
+
+
+@in_core
+def test_a_memory_of_another_model_is_refused(prepared: Prepared) -> None:
+    engine, other = prepared(small_config()), prepared(small_config(width=48))
+    for one in (engine, other):
+        advance(one, small_config(), range(3))
+    with pytest.raises(EngineError, match="another model"):
+        engine.recall(other.memory(range(3)))
+
+
 def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:
     config = small_config()
     engine = prepared(config)
@@ -107,9 +148,13 @@ def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:
 
 @geometries
 def test_fused_commit_equals_separate_commit(geometry: dict[str, int], prepared: Prepared) -> None:
-    """Theorem 4. For `torch` fusing is commit, then denoise."""
+    """Theorem 4. For `torch` fusing is commit, then denoise; an engine that does not fuse refuses to."""
     config = small_config(**geometry)
     engine, fused = prepared(config), prepared(config)
+    if not fused.fuses:
+        with pytest.raises(EngineError, match="call commit first"):
+            denoised(fused, config, 1, commit=denoised(fused, config, 0))
+        return
     expected = advance(engine, config, range(6))
     pixels, owed = [], None
     for unit in range(6):
@@ -202,7 +247,9 @@ def test_auto_takes_the_first_that_can() -> None:
     assert choose("auto", spec_of(small_config())) == (NativeEngine, {})
     engine, refusals = choose("auto", spec_of(small_config(), precision="fp64"))
     assert engine is TorchEngine
-    assert refusals == {"native": "it computes in fp32, bf16, int8, not in 'fp64'"}
+    assert list(refusals) == ["native", "trt", "onnx"]
+    assert refusals["native"] == "it computes in fp32, bf16, int8, not in 'fp64'"
+    assert "it runs exported bundles" in refusals["trt"]
     assert choose("auto", spec_of(small_config(), precision="int8"))[0] is NativeEngine
     assert "not in 'int8'" in (refusal("torch", spec_of(small_config(), precision="int8")) or "")
 
@@ -210,7 +257,7 @@ def test_auto_takes_the_first_that_can() -> None:
 def test_a_refusal_gives_its_reason() -> None:
     spec = Spec(config=small_config(), weights={}, decoder="taehv")
     assert "kind 'tiny'" in (refusal("torch", spec) or "")
-    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; torch: .*'tiny'"):
+    with pytest.raises(EngineError, match=r"no engine can run 'small' here \(native: .*decoder; .*torch: .*'tiny'"):
         choose("auto", spec)
     with pytest.raises(EngineError, match=r"'torch' cannot run 'small' \(torch: .*'tiny'.*no other engine"):
         choose("torch", spec)

@@ -24,7 +24,7 @@ def test_renoise_equals_its_cpu_twin(dtype: str, count: int, offset: int) -> Non
     out = torch.full_like(x0, 77.0)
     stream = torch.cuda.current_stream().cuda_stream
     inside = slice(offset, offset + count)
-    _cfrt.renoise_cuda(out[inside].data_ptr(), x0[inside].data_ptr(), count, dtype, S, _cfrt.Noise(*KEY), stream)
+    _cfrt.cuda.renoise(out[inside].data_ptr(), x0[inside].data_ptr(), count, dtype, S, _cfrt.Noise(*KEY), stream=stream)
 
     expected = np.empty(count, dtype=np.float32)
     _cfrt.renoise(x0[inside].float().cpu().numpy(), S, _cfrt.Noise(*KEY), expected)
@@ -39,7 +39,7 @@ def test_more_elements_than_a_counter_has_is_an_error() -> None:
 
     x = torch.zeros(4, device="cuda")
     with pytest.raises(RuntimeError, match="CUDA refused to re-noise"):
-        _cfrt.renoise_cuda(x.data_ptr(), x.data_ptr(), 2**35, "float32", S, _cfrt.Noise(*KEY))
+        _cfrt.cuda.renoise(x.data_ptr(), x.data_ptr(), 2**35, "float32", S, _cfrt.Noise(*KEY))
 
 
 @pytest.mark.parametrize("dim", [64, 128])

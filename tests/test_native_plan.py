@@ -102,14 +102,6 @@ def test_renoise_refuses_what_it_would_have_to_copy() -> None:
         _cfrt.renoise(x0, 0.5, key, frozen)
 
 
-def test_renoise_on_the_gpu_refuses_plainly() -> None:
-    key = _cfrt.Noise(1, 2, 3, 0)
-    with pytest.raises(ValueError, match="expected dtype float32, float16 or bfloat16, got int8"):
-        _cfrt.renoise_cuda(0, 0, 1, "int8", 0.5, key)
-    with pytest.raises(ValueError, match="expected count >= 0, got -1"):
-        _cfrt.renoise_cuda(0, 0, -1, "float32", 0.5, key)
-
-
 def test_build_info() -> None:
     info = _cfrt.build_info()
     assert set(info) == {"compiler", "isa", "cuda"}

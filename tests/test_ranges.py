@@ -9,7 +9,8 @@ from test_dit import BATCH, GEOMETRIES, Clip, difference, network, small
 
 from cfrt.blocks import Geometry, to_tokens
 from cfrt.nn import dit
-from cfrt.nn.attention import BACKENDS, Part, attention_by_parts
+from cfrt.nn.attention import BACKENDS
+from cfrt.nn.attention.parts import Part, attention_by_parts
 
 pytestmark = pytest.mark.cpu
 

@@ -1,4 +1,4 @@
-"""README.md says what the committed measurements say."""
+"""README.md and docs/cpu-performance.md say what the committed measurements say."""
 
 import importlib
 import json
@@ -17,6 +17,12 @@ ROOT = Path(__file__).parents[1]
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return importlib.import_module("cpu_speed")
+
+
+@pytest.fixture
+def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("roofline")
 
 
 def test_the_table_and_the_chart_are_those_of_the_committed_run(tool: ModuleType) -> None:
@@ -45,3 +51,46 @@ def test_a_ratio_is_the_fastest_others_time_over_ours(tool: ModuleType) -> None:
     rows.append(row | {"engine": "onnxruntime", "ms": None, "failed": "it was wrong"})
     kept = json.loads(json.dumps(tool.load() | {"rows": rows}))
     assert "| S/64, 1 thread | 10.0, 25.0 (OpenVINO), **2.5x** |" in tool.section(kept)
+
+
+def test_the_page_on_control_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python tools/steering.py` would change nothing; and the long run kept its promises."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    steering = importlib.import_module("steering")
+    text = steering.PAGE.read_text(encoding="utf-8")
+    assert steering.page(text) == text
+    soak = json.loads(steering.SOAK.read_text())
+    assert soak["seconds"] >= 600
+    assert abs(soak["drift_frames"]["largest"]) <= 1
+    assert soak["memory"]["growth_mb"] < 8
+
+
+def test_the_roofline_is_that_of_the_committed_run(roofline: ModuleType) -> None:
+    """`python tools/roofline.py` would change nothing."""
+    kept = roofline.load()
+    assert roofline.section(kept) in roofline.PAGE.read_text(encoding="utf-8")
+    picture = (ROOT / "docs" / roofline.CHART).read_text(encoding="utf-8")
+    assert picture == roofline.chart(kept)
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("peer", "ours", "verdict"),
+    [(40.0, 80.0, "met"), (40.0, 79.0, "missed"), (49.0, 90.0, "missed"), (50.0, 99.0, "beyond the ceiling")],
+)
+def test_a_target_past_the_ceiling_is_told_from_one_that_is_missed(
+    roofline: ModuleType, peer: float, ours: float, verdict: str
+) -> None:
+    """Twice the peer, on a core that can do 100."""
+    row = {"size": "S", "tokens": 64, "threads": 1, "precision": "fp32"}
+    rows = [row | {"engine": e, "ms": 1000 / rate, "gops": rate} for e, rate in (("native", ours), ("openvino", peer))]
+    (line,) = roofline.lines({"rows": rows, "ceiling": {"fp32": 100.0, "bf16": 200.0, "int8": 400.0}})
+    assert (line.verdict, line.needed) == (verdict, 2 * peer / 100)
+
+
+def test_attention_keeps_its_own_ceiling_in_an_int8_pass(roofline: ModuleType) -> None:
+    """Size S at 64 tokens: 0.308 of 1.02 GOP are attention."""
+    rates = {"fp32": 1.0, "bf16": 2.0, "int8": 4.0}
+    assert roofline.ceiling(rates, ("S", 64, 1), "bf16", 1.02) == 2.0
+    mixed = roofline.ceiling(rates, ("S", 64, 1), "int8", 1.02)
+    assert mixed == pytest.approx(1.02 / ((1.02 - 0.308) / 4 + 0.308 / 2), rel=1e-3)

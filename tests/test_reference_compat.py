@@ -31,6 +31,18 @@ def test_a_stream_makes_one_clip(tmp_path):
             next(stream.frames(1))
 
 
+def test_what_would_draw_noise_again_is_refused_before_it_does(tmp_path):
+    folder = save_student(tmp_path / "model", TWO)
+    with cfrt.Stream("a red circle", model=folder, reference_compat=True, fps="max") as stream:
+        first = [next(stream.frames()).index for _ in range(3)]
+        for call in (lambda: stream.reseed(1), lambda: stream.rewind(1), stream.snapshot, stream.branch):
+            with pytest.raises(EngineError, match="leave it out"):
+                call()
+        stream.pause()
+        stream.resume()
+        assert [*first, next(stream.frames()).index] == [0, 1, 2, 3]
+
+
 def test_units_come_once_and_in_order():
     noise = ReferenceNoise(TWO.as_reference(), 0, torch.float32, torch.device("cpu"), prefix=0)
     noise(0, 0)

@@ -65,6 +65,19 @@ def test_what_is_installed_passes(rows: list[dict[str, Any]]) -> None:
     assert {row["kernel"] for row in rows} >= {"ring_attention_bf16", "append_bf16", "pixels_kernel_fp32"}
 
 
+@pytest.mark.usefixtures("nvcc")
+def test_the_traffic_of_every_kernel_is_counted_and_passes(rows: list[dict[str, Any]]) -> None:
+    moved = sass_gate.traffic()
+    assert {sass_gate.kernel_of(name) for arch in {r["arch"] for r in rows} for name in names_of(arch)} <= set(moved)
+    for kernel, ratios in moved.items():
+        assert ratios["bank_ratio"] == 1, kernel
+        assert ratios["sector_ratio"] <= sass_gate.MOST["sector_ratio"] or kernel.name.endswith("misaligned"), kernel
+
+
+def names_of(arch: int) -> list[str]:
+    return list(sass.resources(Path(_cfrt.__file__), arch))
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -74,6 +87,8 @@ def test_what_is_installed_passes(rows: list[dict[str, Any]]) -> None:
         ({"tflops_low": 150}, "predicted 150 TFLOP/s at least, less than 151"),
         ({"blocks": 1}, "only one block"),
         ({"balance": 0.6}, "balance 0.6, less than 0.9"),
+        ({"bank_ratio": 1.01}, "bank_ratio 1.01, more than 1"),
+        ({"sector_ratio": 1.11}, "sector_ratio 1.11, more than 1.1"),
         ({"opcodes": ["LDG.E.U8 48"]}, "opcode LDG.E.U8 48"),
     ],
     ids=str,
@@ -81,7 +96,7 @@ def test_what_is_installed_passes(rows: list[dict[str, Any]]) -> None:
 def test_what_is_worse_fails(change: dict[str, Any], complaint: str) -> None:
     row = {"kernel": "ring_attention_bf16", "arch": 89, "head_dim": 128, "accumulate": "fp32", "spills": 0, "blocks": 2,
            "shape": "Q 1560 KV 14040", "registers": 220, "shared": 49152, "slots_per_mma": 2.5, "tflops_low": 154,
-           "balance": 0.91, "opcodes": []}  # fmt: skip
+           "balance": 0.91, "bank_ratio": 1, "sector_ratio": 1.02, "opcodes": []}  # fmt: skip
     assert sass_gate.complaints(row, budgets([row])) == []
     assert any(complaint in said for said in sass_gate.complaints(row | change, budgets([row])))
     assert sass_gate.complaints(row, {}) == ["it has no budget; --update writes one"]

@@ -346,7 +346,7 @@ def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt
     stream = open_stream()
     list(stream.frames(9))
     snapshot = stream.snapshot()
-    with pytest.raises(cfrt.SnapshotError, match="engine 'torch', precision 'fp64', got .*portable=True"):
+    with pytest.raises(cfrt.SnapshotError, match=r"engine 'torch', precision 'fp64', got .*portable=True"):
         open_stream(engine="torch", precision="fp64").restore(snapshot)
     other = open_stream(model=save_student(tmp_path, seed=1))
     with pytest.raises(cfrt.SnapshotError, match="weights"):

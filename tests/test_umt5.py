@@ -20,6 +20,7 @@ from cfrt.errors import EngineError, PromptError, WeightsError
 from cfrt.nn import int8, umt5
 from cfrt.nn.int8 import quantised
 from cfrt.text import OFFICIAL_WEIGHTS, PromptWarning, UMT5Text, umt5_folders
+from cfrt.tokens import clean
 from cfrt.weights import umt5_from_official
 
 pytestmark = pytest.mark.cpu
@@ -64,7 +65,7 @@ def theirs(folder: Path, prompt: str, dtype: torch.dtype = torch.float32) -> tor
     "prompt", [*PROMPTS, "&lt;b&gt; \u201cquotes\u201d", "\u3000wide\u2003blanks\u3000", "x&#160;y"]
 )
 def test_prompts_are_cleaned_as_the_reference_cleans_them(prompt: str) -> None:
-    assert umt5.clean(prompt) == pipeline.prompt_clean(prompt)
+    assert clean(prompt) == pipeline.prompt_clean(prompt)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -116,7 +117,7 @@ def test_int8_keeps_what_the_plan_says(folder: Path) -> None:
     tensors = {x.data_ptr(): x for x in (*encoder.model.buffers(), *encoder.model.parameters())}
     sizes = memory.TextSizes(
         layers=SIZES["num_layers"], width=SIZES["d_model"], inner=SIZES["d_kv"] * SIZES["num_heads"],
-        ffn=SIZES["d_ff"], heads=SIZES["num_heads"], words=encoder.tokenizer.get_vocab_size(),
+        ffn=SIZES["d_ff"], heads=SIZES["num_heads"], words=encoder.model.config.vocab_size,
     )  # fmt: skip
     assert memory.text_encoder("int8", sizes) == sum(x.numel() * x.element_size() for x in tensors.values())
     assert memory.text_encoder("bf16") == 2 * memory.UMT5_XXL

@@ -299,8 +299,29 @@ def test_a_snapshot_of_another_decoder_is_refused(
     folder: Callable[..., Path], stream: Callable[..., cfrt.Stream]
 ) -> None:
     saved = stream(folder(), tile=2).snapshot()
-    with pytest.raises(EngineError, match="with tile None, got one with tile 2$"):
+    with pytest.raises(EngineError, match=r"with tile None, got one with tile 2$"):
         stream(folder()).restore(saved)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("student", {}), ("teacher", {"tile": 2}), ("student", {"decoder": "taehv"})], ids=str
+)
+def test_rewinds_branches_and_files_carry_the_decoder_along(
+    kind: str, changes: dict[str, Any], folder: Callable[..., Path], stream: Callable[..., cfrt.Stream], tmp_path: Path
+) -> None:
+    """Its state is many tensors, those of a guided ring come twice, and tiles have one each; fp32 loses nothing."""
+    model = folder(taehv=True, **GEOMETRIES[2], **KINDS[kind])
+    live, other = stream(model, precision="fp32", **changes), stream(model, precision="fp32", seed=1, **changes)
+    first = pixels(live.frames(33))
+    cut = live.config.first_frame(live.rewind(3))
+    np.testing.assert_array_equal(pixels(live.frames(33 - cut)), first[cut:])
+    live.snapshot(portable=True).save(tmp_path / "snapshot")
+    other.restore(cfrt.Snapshot.load(tmp_path / "snapshot"))
+    with live.branch() as twin:
+        assert (twin.rewind(twin.reach), next(twin.frames()).index) == (0, 0)
+        np.testing.assert_array_equal(pixels(twin.frames(32)), first[1:])
+    expected = pixels(live.frames(20))
+    np.testing.assert_array_equal(pixels(other.frames(20)), expected)
 
 
 # ---------------------------------------------------------------------- from released files

@@ -1,4 +1,5 @@
 """Fill README.md from runs: what its example prints, a picture the student makes, and tables of measured speed.
+docs/cpu-performance.md goes along.
 
     python tools/readme.py --bench build/bench.json     keep that run of `pytest benchmarks` and word it
     python tools/readme.py                              example and picture anew, speed from the kept run
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_speed
+import roofline
 
 from cfrt.config import ModelConfig
 
@@ -34,7 +36,7 @@ def fill(text: str, name: str, body: str) -> str:
     """`text` with `body` between the markers of `name`."""
     begin, end = f"<!-- generated:{name} -->", f"<!-- /generated:{name} -->"
     if begin not in text or end not in text:
-        raise SystemExit(f"readme: expected the markers {begin} and {end} in README.md")
+        raise SystemExit(f"readme: expected the markers {begin} and {end} in the page")
     before, after = text.split(begin, 1)[0], text.split(end, 1)[1]
     return f"{before}{begin}\n{body}\n{end}{after}"
 
@@ -116,6 +118,7 @@ def main() -> None:
     for name, body in sections.items():
         text = fill(text, name, body)
     readme.write_text(text, encoding="utf-8")
+    roofline.write()
 
 
 if __name__ == "__main__":

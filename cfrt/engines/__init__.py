@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from ..bundle import Bundle
 from ..config import ModelConfig
 from ..errors import EngineError
 
@@ -30,8 +31,8 @@ class Spec:
     config: ModelConfig
     weights: Mapping[str, np.ndarray] = field(repr=False)
     """`dit.*` by Wan's names, `autoencoder.*`, fp32."""
-    device: str = "cpu"
-    """"cpu", "cuda" or "cuda:N"."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:N", or "auto": a GPU for the engine that can do nothing without, else the CPU."""
     precision: str = "auto"
     """One of PRECISIONS; "auto" leaves it to the engine, which takes the fastest that is good enough."""
     seed: int = 0
@@ -45,6 +46,8 @@ class Spec:
     """"taehv" decodes by the small decoder in `taehv.*`; None by the autoencoder's own."""
     tile: int | None = None
     """Latent cells along the side of a tile that is decoded at once; None decodes whole frames."""
+    bundle: Bundle | None = field(default=None, repr=False)
+    """An exported model; `weights` then hold what is outside its graphs."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -58,7 +61,7 @@ class Spec:
 
     @property
     def features(self) -> frozenset[str]:
-        """What is asked of an engine beyond a student that starts from nothing, or from one picture."""
+        """What is asked of an engine beyond a student's weights, and a stream from nothing or from one picture."""
         asked = {
             "guidance": self.config.guided,
             "a film to go on from": self.prefix > 1,
@@ -80,7 +83,8 @@ class Memory:
     """Keys and values of whole latent frames, each [layers, 2, B, N, H, D], keys turned to their absolute position
     and the two numbers of a rotary pair side by side, as Wan has them."""
     decoder: tuple[np.ndarray, ...]
-    """What the decoder keeps of the frames before; empty where the stream begins."""
+    """What the decoder keeps of the frames before, in the order in which its layers run, each with the clips as its
+    first axis (one): [1, C, h, w] for the small autoencoder. Empty where the stream begins."""
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +105,7 @@ class Engine(Protocol):
     """Those of `Spec.features` that it has; an engine that does not say has none."""
     precision: str
     """What it computes in, once it is prepared: never "auto"."""
+    # annotate: Hook | None, which an engine may have: entered around every stage (`cfrt.trace`), for its own profiler.
 
     @classmethod
     def supported(cls, spec: Spec) -> str | None:
@@ -218,10 +223,20 @@ class _Entry:
     """Importable modules without which the engine's own module cannot be imported."""
     package: str
     """What to install where they are missing."""
+    bundles: bool = False
+    """Does it run exported bundles? Others run a model's weights. Asked before anything is imported."""
 
 
 _ENGINES = {
     "native": _Entry("cfrt.engines.native", "NativeEngine", needs=("_cfrt",), package="cfrt"),
+    "trt": _Entry("cfrt.engines.trt", "TrtEngine", needs=("_cfrt",), package="cfrt", bundles=True),
+    "onnx": _Entry(
+        "cfrt.engines.onnx",
+        "OnnxEngine",
+        needs=("_cfrt", "onnx", "onnxruntime"),
+        package="'cfrt[export]'",
+        bundles=True,
+    ),
     "torch": _Entry("cfrt.engines.torch", "TorchEngine", needs=("torch",), package="'cfrt[torch]'"),
 }
 """Every engine of this build, the preferred one first."""
@@ -238,6 +253,10 @@ def refusal(name: str, spec: Spec) -> str | None:
     missing = [module for module in entry.needs if find_spec(module) is None]
     if missing:
         return f"{', '.join(missing)} is not installed: pip install {entry.package}"
+    if entry.bundles and spec.bundle is None:
+        return "it runs exported bundles: `python -m export.trt` or `export.onnx` with --model ... --out DIR makes one"
+    if spec.bundle is not None and not entry.bundles:
+        return "it runs a model's weights, not an exported bundle"
     engine = _load(name)
     lacking = sorted(spec.features - getattr(engine, "features", frozenset()))
     return f"it cannot do {' or '.join(lacking)}" if lacking else engine.supported(spec)
@@ -252,6 +271,20 @@ def cuda_build() -> dict[str, Any] | None:
 
     built = build_info()["cuda"]
     return None if built is None else {**built, "driver": cuda.least_driver()}
+
+
+def gpu_attention() -> dict[str, str | None]:
+    """Why each attention that the torch engine may ask for on GPU 0 in bf16 would not run, or None, in its order."""
+    refusals: dict[str, str | None] = {"cuda": "the native core is not installed", "flash": None, "sdpa": None}
+    if find_spec("_cfrt") is not None:
+        from _cfrt import cuda
+
+        refusals["cuda"] = cuda.refusal(0)
+    if find_spec("flash_attn") is None:
+        refusals["flash"] = "flash-attn is not installed: pip install 'cfrt[flash]'"
+    if find_spec("torch") is None:
+        refusals["sdpa"] = "torch is not installed: pip install 'cfrt[torch]'"
+    return refusals
 
 
 def choose(name: str, spec: Spec) -> tuple[type[Engine], dict[str, str]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import noise
 from ..errors import EngineError
 from ..flow import TIME_SCALE, guide, x0_from_v
-from ..nn.attention import cuda_refusal
+from ..nn.attention import fastest
 from ..nn.autoencoder import Autoencoder
 from ..nn.codec import codec, tiny_decoder
 from ..nn.dit import CausalDiT, TextKV
@@ -26,6 +26,7 @@ from ..nn.reference_noise import ReferenceNoise
 from ..nn.ring import RingCache
 from ..nn.taehv import TAEHV
 from ..nn.tiles import Tiling
+from ..trace import Hook
 from ..weights import part
 from . import Memory, Spec, fit_memory
 
@@ -73,9 +74,9 @@ class TorchEngine:
             return f"TAEHV decodes the latents of Wan's autoencoder, not those of kind {kind!r}"
         if spec.precision not in ("auto", *DTYPES):
             return f"it computes in {', '.join(DTYPES)}, not in {spec.precision!r}"
-        if spec.device.split(":")[0] not in ("cpu", "cuda"):
+        if spec.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             return f"it runs on cpu, cuda or cuda:N, not on {spec.device!r}"
-        if spec.device != "cpu" and not torch.cuda.is_available():
+        if spec.device not in ("auto", "cpu") and not torch.cuda.is_available():
             return f"PyTorch {torch.__version__} finds no CUDA device here; device='cpu' works"
         return None
 
@@ -83,12 +84,15 @@ class TorchEngine:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         self._spec, self._config = replace(spec, weights={}), spec.config
-        self.precision = "fp32" if spec.precision == "auto" else spec.precision
-        self._device, self._dtype = torch.device(spec.device), DTYPES[self.precision]
+        self._device = torch.device("cpu" if spec.device == "auto" else spec.device)
+        own = "bf16" if self._device.type == "cuda" else "fp32"  # our kernels and flash-attn want 16 bits
+        self.precision = own if spec.precision == "auto" else spec.precision
+        self._dtype = DTYPES[self.precision]
+        self.annotate: Hook | None = torch.cuda.nvtx.range if self._device.type == "cuda" else None
         self._dit = self._placed(CausalDiT.from_arrays(spec.config, part(spec.weights, "dit")))
         self._prepare_pixels(spec)
         self._null = self._negative(spec)
-        self._attention = "cuda" if cuda_refusal(self._device, self._dtype, spec.config.head_dim) is None else "sdpa"
+        self._attention = fastest(self._device, self._dtype, spec.config.head_dim)
         self._start()
 
     def _start(self) -> None:

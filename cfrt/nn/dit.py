@@ -24,7 +24,8 @@ from ..config import ModelConfig
 from ..errors import ConfigError
 from ..flow import time_frequencies
 from ..weights import match
-from .attention import Part, block_mask
+from .attention import block_mask
+from .attention.parts import Part
 from .constants import kept
 from .layers import Block, Head, Pass
 from .ring import Memory, RingCache

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .attention import Part, attention, attention_by_blocks, attention_by_parts
+from .attention import attention, attention_by_blocks
+from .attention.parts import Part, attention_by_parts
 from .norms import RMSNorm
 from .ring import Memory
 from .rope import rotate

@@ -8,23 +8,20 @@ Legend: n tokens of a prompt, L = 512 rows at most, width 4096."""
 
 from __future__ import annotations
 
-import html
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import ftfy
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..checkpoint import read_torch
 from ..errors import WeightsError
+from ..tokens import Tokens
 from ..weights import match, umt5_from_official
 from .int8 import Int8Embedding, Int8Linear
 
@@ -37,19 +34,12 @@ XXL = {
 """What models_t5_umt5-xxl-enc-bf16.pth holds and does not say."""
 
 
-def clean(prompt: str) -> str:
-    """As the reference cleans: broken encodings and curly quotes mended, HTML entities read twice, every run of white
-    space one blank, none at the ends."""
-    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", mended).strip()
-
-
 @dataclass(frozen=True)
 class UMT5:
     """The encoder, and its tokenizer, which stops at L tokens."""
 
     model: nn.Module
-    tokenizer: Tokenizer
+    tokens: Tokens
 
     @classmethod
     def load(cls, weights: Path, tokenizer: Path, length: int, *, device: str = "cpu", precision: str = "bf16") -> Self:
@@ -63,13 +53,7 @@ class UMT5:
         else:
             dtype = DTYPES[precision]
             model = (_official(weights) if weights.is_file() else _of_transformers(weights, dtype)).to(device, dtype)
-        try:
-            words = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the library raises nothing narrower
-            raise WeightsError(f"{tokenizer} is no tokenizer ({_first_line(error)}); fetch it again") from error
-        words.no_padding()
-        words.enable_truncation(length)
-        return cls(model.eval().requires_grad_(False), words)
+        return cls(model.eval().requires_grad_(False), Tokens(tokenizer, length))
 
     @property
     def width(self) -> int:
@@ -79,12 +63,10 @@ class UMT5:
     @torch.inference_mode()
     def __call__(self, prompt: str) -> tuple[np.ndarray, str]:
         """float32 rows [n, width], n <= L, and the end of the prompt for which there was no room."""
-        text = clean(prompt)
-        encoding = self.tokenizer.encode(text)
+        ids, rest = self.tokens(prompt)
         device = next(self.model.parameters()).device
-        rows = self.model(input_ids=torch.tensor([encoding.ids], device=device)).last_hidden_state[0]
-        end = max((stop for _, stop in encoding.offsets), default=0)
-        return rows.float().cpu().numpy(), text[end:].strip() if encoding.overflowing else ""
+        rows = self.model(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
+        return rows.float().cpu().numpy(), rest
 
 
 def _of_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -4,6 +4,7 @@ from importlib.resources import files
 from os import PathLike, fspath
 from pathlib import Path
 
+from ..bundle import MANIFEST, is_bundle
 from ..config import PRESETS
 from ..errors import WeightsError
 from ..hub import model_folder
@@ -18,18 +19,21 @@ def embedded() -> dict[str, Path]:
 
 
 def find(model: str | PathLike[str]) -> Path:
-    """The folder of a model: the name of an embedded student, of a preset that `cfrt pull` has fetched, or a path.
+    """The folder of a model: the name of an embedded student, of a preset that `cfrt pull` has fetched, or the path of
+    a model's or an exported bundle's folder.
 
     WeightsError when there is neither; it tells a published preset without weights from a name nobody knows."""
     name, students = fspath(model), embedded()
     if name in students:
         return students[name]
     folder = Path(name).expanduser()
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() or is_bundle(folder):
         return folder
     known = ", ".join(students) or "none in this installation"
     if folder.is_dir():
-        raise WeightsError(f"{folder} is no model folder: expected {CONFIG} in it; embedded students: {known}")
+        raise WeightsError(
+            f"{folder} is no model folder: expected {CONFIG} or {MANIFEST} in it; embedded students: {known}"
+        )
     if name in PRESETS:
         made = model_folder(name)
         if (made / CONFIG).is_file():

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../check.h"
 
@@ -34,25 +35,26 @@ struct Loader {
     const Machine& machine;
     const ReadTensor& read;
     Heads heads;
+    Shelf& shelf;
 
     Linear linear(Precision precision, const std::string& name, std::int64_t n, std::int64_t k) const {
-        return {machine, precision, read(name + ".weight", n * k), read(name + ".bias", n)};
+        return {machine, shelf, precision, read(name + ".weight", n * k), read(name + ".bias", n)};
     }
     // From the stream to heads.
     Numbers into_heads(const std::string& name, std::int64_t k) const {
         return padded(read(name, config.width * k), heads.dim * k, heads.padded * k);
     }
     Linear to_heads(Precision precision, const std::string& name) const {
-        return {machine, precision, into_heads(name + ".weight", config.width), into_heads(name + ".bias", 1)};
+        return {machine, shelf, precision, into_heads(name + ".weight", config.width), into_heads(name + ".bias", 1)};
     }
     Linear to_heads(Precision precision, const std::string& name, const std::string& second) const {
-        return {machine, precision,
+        return {machine, shelf, precision,
                 joined(into_heads(name + ".weight", config.width), into_heads(second + ".weight", config.width)),
                 joined(into_heads(name + ".bias", 1), into_heads(second + ".bias", 1))};
     }
     // And back.
     Linear from_heads(Precision precision, const std::string& name) const {
-        return {machine, precision,
+        return {machine, shelf, precision,
                 padded(read(name + ".weight", config.width * config.width), heads.dim, heads.padded),
                 read(name + ".bias", config.width)};
     }
@@ -88,7 +90,18 @@ struct Loader {
     std::vector<DitLayer> layers(Precision blocks, Precision text) const {
         std::vector<DitLayer> all;
         for (std::int64_t i = 0; i < config.depth; ++i) all.push_back(layer(i, blocks, text));
+        in_order_of_use(all);
         return all;
+    }
+
+    // As a sweep reads them, the last one before the first of the next sweep.
+    static void in_order_of_use(std::vector<DitLayer>& layers) {
+        Linear* before = &layers.back().ffn_out;
+        for (DitLayer& l : layers)
+            for (Linear* linear : {&l.kv, &l.q, &l.o, &l.text_q, &l.text_o, &l.ffn_in, &l.ffn_out}) {
+                before->precede(*linear);
+                before = linear;
+            }
     }
 };
 
@@ -127,10 +140,12 @@ std::size_t DitWeights::bytes() const {
 
 DitWeights load_dit(const DitConfig& c, Precision precision, const Machine& machine, const ReadTensor& read) {
     check_config(c);
-    const Loader load{c, machine, read, Heads::of(c)};
+    auto shelf = std::make_unique<Shelf>();
+    const Loader load{c, machine, read, Heads::of(c), *shelf};
     const Precision text = precision == Precision::int8 ? Precision::bf16 : precision, fp32 = Precision::fp32;
     const std::int64_t d = c.width;
-    return {load.heads,
+    return {std::move(shelf),
+            load.heads,
             precision,
             text,
             text,

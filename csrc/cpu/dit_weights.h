@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,7 @@ struct DitLayer {
 };
 
 struct DitWeights {
+    std::unique_ptr<Shelf> shelf;  // of all packed weights
     Heads heads;
     Precision blocks, text, memory;  // of the blocks' projections, of what reads the text, of keys and values
     Linear patch_embedding;

@@ -58,10 +58,11 @@ void convert(const Machine& machine, const Rows& rows, const float* x, std::int6
     });
 }
 
-Linear::Linear(const Machine& machine, Precision precision, const std::vector<float>& w, std::vector<float> bias)
+Linear::Linear(const Machine& machine, Shelf& shelf, Precision precision, const std::vector<float>& w,
+               std::vector<float> bias)
     : bias_(std::move(bias)),
       weights_(machine.kernels, precision, w.data(), static_cast<std::int64_t>(bias_.size()),
-               static_cast<std::int64_t>(w.size() / bias_.size()), machine.threads) {}
+               static_cast<std::int64_t>(w.size() / bias_.size()), machine.threads, &shelf) {}
 
 void multiply(const Machine& machine, const Linear& linear, const Rows& rows, std::int64_t m, const Result& result) {
     const PackedWeights& w = linear.w();

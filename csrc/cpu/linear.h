@@ -61,11 +61,13 @@ void convert(const Machine& machine, const Rows& rows, const float* x, std::int6
 // W [n, k] packed, and its bias.
 class Linear {
   public:
-    Linear(const Machine& machine, Precision precision, const std::vector<float>& w, std::vector<float> bias);
+    Linear(const Machine& machine, Shelf& shelf, Precision precision, const std::vector<float>& w,
+           std::vector<float> bias);
 
     const PackedWeights& w() const { return weights_.view(); }
     const float* bias() const { return bias_.data(); }
     std::size_t bytes() const { return weights_.bytes() + bias_.size() * sizeof(float); }
+    void precede(const Linear& next) { weights_.precede(next.weights_); }
 
   private:
     std::vector<float> bias_;

@@ -109,11 +109,6 @@ CFRT_INLINE Int to_int(Vec x) {  // to nearest, ties to even
     return _mm512_cvtps_epi32(x);
 }
 
-// x 2^n for whole n in -126..127
-CFRT_INLINE Vec times_power(Vec x, Vec n) {
-    return _mm512_scalef_ps(x, n);
-}
-
 CFRT_INLINE float sum(Vec x) {
     return _mm512_reduce_add_ps(x);
 }
@@ -213,10 +208,6 @@ CFRT_INLINE Vec to_float(Int x) {
 }
 CFRT_INLINE Int to_int(Vec x) {
     return _mm256_cvtps_epi32(x);
-}
-
-CFRT_INLINE Vec times_power(Vec x, Vec n) {
-    return x * _mm256_castsi256_ps(_mm256_slli_epi32(iadd(to_int(n), isplat(127)), 23));
 }
 
 CFRT_INLINE float sum(Vec x) {
@@ -327,10 +318,6 @@ CFRT_INLINE Int to_int(Vec x) {  // |x| < 2^22
     return (Int)(x + splat(kRounder)) - (Int)splat(kRounder);
 }
 
-CFRT_INLINE Vec times_power(Vec x, Vec n) {
-    return x * (Vec)((to_int(n) + isplat(127)) << 23);
-}
-
 CFRT_INLINE float sum(Vec x) {
     return (x[0] + x[2]) + (x[1] + x[3]);
 }
@@ -366,34 +353,6 @@ CFRT_INLINE void store_bf16(std::uint16_t* p, Vec x, int n) {
 }
 
 #endif
-
-// ----------------------------------------------------------------------------------------------------- for every level
-
-// e^x to 2 ulp, for any x: below -87.3 it stays at e^-87.3 = 1e-38, above 88.3 at e^88.3; NaN stays NaN.
-// Range reduction by ln 2 in two parts, then the polynomial of Cephes' expf (degree 5 behind 1 + x).
-CFRT_INLINE Vec exp(Vec x) {
-    x = min(splat(88.3f), max(splat(-87.3f), x));
-    const Vec n = round(x * splat(1.44269504f));
-    x = fma(n, splat(-0.693359375f), x);
-    x = fma(n, splat(2.12194440e-4f), x);
-    Vec p = splat(1.9875691500e-4f);
-    p = fma(p, x, splat(1.3981999507e-3f));
-    p = fma(p, x, splat(8.3334519073e-3f));
-    p = fma(p, x, splat(4.1665795894e-2f));
-    p = fma(p, x, splat(1.6666665459e-1f));
-    p = fma(p, x, splat(5.0000001201e-1f));
-    return times_power(fma(p, x * x, x) + splat(1.0f), n);
-}
-
-CFRT_INLINE Vec silu(Vec x) {
-    return x / (splat(1.0f) + exp(zero() - x));
-}
-
-// GELU in its tanh form: x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-CFRT_INLINE Vec gelu(Vec x) {
-    const Vec inner = fma(x * x, splat(0.044715f), splat(1.0f)) * x;
-    return x / (splat(1.0f) + exp(inner * splat(-1.5957691216f)));
-}
 
 }  // namespace
 }  // namespace cfrt::CFRT_LEVEL

@@ -35,24 +35,24 @@ std::uint16_t to_bf16(float x) {
 }  // namespace
 
 Weights::Weights(const Kernels& kernels, Precision precision, const float* w, std::int64_t n, std::int64_t k,
-                 Threads& threads) {
+                 Threads& threads, Shelf* shelf) {
     check(n >= 1 && k >= 1, "expected weights [n, k] with n >= 1 and k >= 1, got [", n, ", ", k, "]");
     const GemmKernel& kernel = kernels.product(precision);
     const std::int64_t depth = row_depth(kernels, precision, k);
     const std::int64_t columns = (n + kernel.panel - 1) / kernel.panel * kernel.panel;
-    const std::size_t elements = static_cast<std::size_t>(columns * depth);
+    const std::size_t element = precision == Precision::fp32 ? 4 : precision == Precision::bf16 ? 2 : 1;
+    panel_bytes_ = static_cast<std::size_t>(columns * depth) * element;
+    if (shelf == nullptr) panels_ = Buffer(panel_bytes_);
+    std::byte* panels = shelf == nullptr ? panels_.data() : shelf->take(panel_bytes_);
     view_ = {precision, n, k, depth, nullptr, nullptr, nullptr};
     if (precision == Precision::fp32) {
-        panels_ = Buffer(elements * sizeof(float));
-        pack(panels_.as<float>(), kernel, n, k, depth, threads,
+        pack(reinterpret_cast<float*>(panels), kernel, n, k, depth, threads,
              [&](std::int64_t row, std::int64_t i) { return w[row * k + i]; });
     } else if (precision == Precision::bf16) {
-        panels_ = Buffer(elements * sizeof(std::uint16_t));
-        pack(panels_.as<std::uint16_t>(), kernel, n, k, depth, threads,
+        pack(reinterpret_cast<std::uint16_t*>(panels), kernel, n, k, depth, threads,
              [&](std::int64_t row, std::int64_t i) { return to_bf16(w[row * k + i]); });
     } else {
         check(k <= kMostDepth, "expected at most ", kMostDepth, " inputs of an int8 product, got ", k);
-        panels_ = Buffer(elements);
         scale_ = Buffer(static_cast<std::size_t>(columns) * sizeof(float));
         offset_ = Buffer(static_cast<std::size_t>(columns) * sizeof(std::int32_t));
         float* scale = scale_.as<float>();
@@ -67,14 +67,15 @@ Weights::Weights(const Kernels& kernels, Precision precision, const float* w, st
             }
             scale[row] = peak / 127.0f;
         }
-        pack(panels_.as<std::int8_t>(), kernel, n, k, depth, threads, [&](std::int64_t row, std::int64_t i) {
-            const float whole = scale[row] > 0 ? std::nearbyint(w[row * k + i] / scale[row]) : 0.0f;
-            const auto value = static_cast<std::int8_t>(std::clamp(whole, -127.0f, 127.0f));
-            offset[row] += kernel.offset * value;
-            return value;
-        });
+        pack(reinterpret_cast<std::int8_t*>(panels), kernel, n, k, depth, threads,
+             [&](std::int64_t row, std::int64_t i) {
+                 const float whole = scale[row] > 0 ? std::nearbyint(w[row * k + i] / scale[row]) : 0.0f;
+                 const auto value = static_cast<std::int8_t>(std::clamp(whole, -127.0f, 127.0f));
+                 offset[row] += kernel.offset * value;
+                 return value;
+             });
     }
-    view_.panels = panels_.data(), view_.scale = scale_.as<float>(), view_.offset = offset_.as<std::int32_t>();
+    view_.panels = panels, view_.scale = scale_.as<float>(), view_.offset = offset_.as<std::int32_t>();
 }
 
 std::int64_t row_depth(const Kernels& kernels, Precision precision, std::int64_t k) {

@@ -5,6 +5,7 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "shelf.h"
 #include "threads.h"
 
 namespace cfrt {
@@ -12,15 +13,22 @@ namespace cfrt {
 // W [n, k] in the layout that gemm.h describes. Owns its memory; `view` is what a product takes.
 class Weights {
   public:
-    // From fp32, row-major and contiguous. int8 is symmetric, one scale per row of W (per column of C).
+    // From fp32, row-major and contiguous. int8 is symmetric, one scale per row of W (per column of C). Panels lie on
+    // the shelf, which must live as long, or in memory of their own.
     Weights(const Kernels& kernels, Precision precision, const float* w, std::int64_t n, std::int64_t k,
-            Threads& threads);
+            Threads& threads, Shelf* shelf = nullptr);
 
     const PackedWeights& view() const { return view_; }
-    std::size_t bytes() const { return panels_.size() + scale_.size() + offset_.size(); }
+    std::size_t bytes() const { return panel_bytes_ + scale_.size() + offset_.size(); }
+
+    // Products with these weights bring the first of `next` into the cache, which must live as long.
+    void precede(const Weights& next) {
+        view_.next = next.view_.panels, view_.next_bytes = static_cast<std::int64_t>(next.panel_bytes_);
+    }
 
   private:
     PackedWeights view_;
+    std::size_t panel_bytes_;
     Buffer panels_, scale_, offset_;
 };
 

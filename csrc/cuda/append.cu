@@ -15,16 +15,17 @@ cudaError_t check(const cfrt_append& a, bool int8) {
     const bool shape = a.heads >= 1 && (a.dim == 64 || a.dim == 128) && width <= 8192 && a.frames >= 1 &&
                        a.frames <= CFRT_MOST_FRAMES && a.rows >= 1 && a.columns >= 1 && a.stride >= width;
     const bool turns = a.pairs[0] >= 0 && a.pairs[1] >= 0 && a.pairs[2] >= 0 &&
-                       2 * (a.pairs[0] + a.pairs[1] + a.pairs[2]) == a.dim && a.first_frame >= 0;
+                       2 * (a.pairs[0] + a.pairs[1] + a.pairs[2]) == a.dim && (a.pass || a.first_frame >= 0);
     const bool given = a.q && a.k && a.v && a.q_weight && a.k_weight && a.q_out && a.k_out && a.v_out;
     const bool scales = a.q_scale && a.k_scale && a.v_scale && a.scratch && (!a.q_sink_out || a.q_sink_scale);
     if (!shape || !turns || !given || (int8 && !scales)) return cudaErrorInvalidValue;
-    for (int i = 0; i < a.frames; ++i)
+    for (int i = 0; !a.pass && i < a.frames; ++i)
         if (a.granules[i] < 0) return cudaErrorInvalidValue;
     bool placed = a.stride * 2 % kAlignment == 0;
     for (const void* pointer : {a.q, a.k, a.v, a.q_weight, a.k_weight}) placed = placed && aligned(pointer);
     for (const void* pointer : {a.q_out, a.q_sink_out, a.k_out, a.v_out, a.scratch})
         placed = placed && aligned(pointer);
+    placed = placed && aligned(a.pass);
     return placed ? cudaSuccess : cudaErrorMisalignedAddress;
 }
 

@@ -6,70 +6,19 @@
 #include "append.h"
 #include "attention.h"
 #include "device.cuh"
+#include "eight.cuh"
 
 namespace cfrt {
 
 constexpr int kMostWarps = 32;
-constexpr float kLeastRange = 1e-12f;  // of a row whose scale is asked for: scales are positive
 
-// Eight neighbouring numbers of a row, as four words of bf16 and as floats.
-struct Eight {
-    float x[8];
-
-    __device__ __forceinline__ void read(const std::uint16_t* from) {
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
-        const std::uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[2 * i] = low_bf16(word[i]), x[2 * i + 1] = high_bf16(word[i]);
-    }
-
-    __device__ __forceinline__ void write(std::uint16_t* to) const {
-        store(to,
-              make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])));
-    }
-
-    __device__ __forceinline__ float squares() const {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
-        return sum;
-    }
-
-    __device__ __forceinline__ float range() const {
-        float most = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
-        return most;
-    }
-
-    __device__ __forceinline__ Eight times(const Eight& y, float scale) const {
-        Eight z;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) z.x[i] = x[i] * scale * y.x[i];
-        return z;
-    }
-
-    // Each pair turned by its cosine and sine, `step` apart.
-    __device__ __forceinline__ Eight turned(const float2* turn, int step) const {
-        Eight z;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float a = x[2 * i], b = x[2 * i + 1];
-            z.x[2 * i] = a * turn[i * step].x - b * turn[i * step].y;
-            z.x[2 * i + 1] = a * turn[i * step].y + b * turn[i * step].x;
-        }
-        return z;
-    }
-
-    // To nearest even, in units of 1 / inverse.
-    __device__ __forceinline__ uint2 int8(float inverse) const {
-        std::uint32_t word[2] = {};
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            word[i / 4] |= (static_cast<std::uint32_t>(__float2int_rn(x[i] * inverse)) & 255u) << (i % 4 * 8);
-        return make_uint2(word[0], word[1]);
-    }
-};
+// The granule at which a frame of the unit starts, and the position of its first frame.
+__device__ __forceinline__ std::int64_t place_of(const cfrt_append& call, unsigned frame) {
+    return call.pass ? call.pass->place[frame] : call.granules[frame];
+}
+__device__ __forceinline__ std::int64_t first_frame_of(const cfrt_append& call) {
+    return call.pass ? call.pass->first_frame : call.first_frame;
+}
 
 // A thread's eight numbers of a query; in 8 bits with a scale for each head, whose lanes are neighbours.
 template <int kDim, bool kInt8>
@@ -89,69 +38,62 @@ __device__ __forceinline__ void write_queries(const cfrt_append& call, const Eig
     }
 }
 
-// One block is one token: blockIdx.x within its frame, blockIdx.y the frame.
-template <int kDim, bool kInt8>
-__global__ void __launch_bounds__(1024) append_rows(const __grid_constant__ cfrt_append call) {
-    constexpr int kPairs = kDim / 2;
-    constexpr int kEights = kDim / 8;  // of a head
-    // Cosine and sine, from the token's own position and from the sinks' view; of pair 4 n + i at [i][n], since a
-    // thread wants those of its four pairs.
-    __shared__ float2 turns[2][4][kEights];
+// Cosine and sine of a token's pairs, from its own position and from the sinks' view; of pair 4 n + i at [i][n], since
+// a thread wants those of its four pairs.
+template <int kDim>
+struct Turns {
+    static constexpr int kPairs = kDim / 2, kEights = kDim / 8;  // of a head
+    float2 from[2][4][kEights];
+
+    __device__ __forceinline__ void fill(const cfrt_append& call) {
+        const std::int64_t frame = first_frame_of(call) + blockIdx.y;
+        for (int i = threadIdx.x; i < 2 * kPairs; i += blockDim.x) {
+            const int slot = i % kPairs, pair = slot % kEights * 4 + slot / kEights;
+            std::int64_t position = i < kPairs ? frame : min(frame, call.last_sink_view);
+            if (pair >= call.pairs[0])
+                position = pair < call.pairs[0] + call.pairs[1] ? blockIdx.x / call.columns : blockIdx.x % call.columns;
+            const std::uint64_t phase = static_cast<std::uint64_t>(position) * call.turns[pair];
+            const float half_turns = static_cast<float>(static_cast<std::int32_t>(phase >> 32)) * 0x1p-31f;
+            float2& turn = from[i / kPairs][slot / kEights][slot % kEights];
+            sincospif(half_turns, &turn.y, &turn.x);
+        }
+    }
+
+    __device__ __forceinline__ Eight turn(const Eight& x, bool sinks) const {
+        return x.turned(&from[sinks][0][threadIdx.x % kEights], kEights);
+    }
+};
+
+// What q and k are multiplied by to have a mean square of one over all heads. A barrier for the block.
+__device__ __forceinline__ float2 inverse_roots(const Eight& q, const Eight& k, int width, float eps) {
     __shared__ float squares[2][kMostWarps];
-    const int thread = threadIdx.x, lane = thread % kLanes, warp = thread / kLanes, warps = blockDim.x / kLanes;
-    const int width = call.heads * kDim, channel = thread * 8, head = channel / kDim;
-    const std::int64_t token = static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-    const bool real = channel < width;
-
-    Eight q{}, k{};
-    if (real) {
-        q.read(static_cast<const std::uint16_t*>(call.q) + token * call.stride + channel);
-        k.read(static_cast<const std::uint16_t*>(call.k) + token * call.stride + channel);
-    }
-
-    for (int i = thread; i < 2 * kPairs; i += blockDim.x) {
-        const int slot = i % kPairs, pair = slot % kEights * 4 + slot / kEights;
-        const std::int64_t frame = call.first_frame + blockIdx.y;
-        std::int64_t position = i < kPairs ? frame : min(frame, call.last_sink_view);
-        if (pair >= call.pairs[0])
-            position = pair < call.pairs[0] + call.pairs[1] ? blockIdx.x / call.columns : blockIdx.x % call.columns;
-        const std::uint64_t phase = static_cast<std::uint64_t>(position) * call.turns[pair];
-        const float half_turns = static_cast<float>(static_cast<std::int32_t>(phase >> 32)) * 0x1p-31f;
-        float2& turn = turns[i / kPairs][slot / kEights][slot % kEights];
-        sincospif(half_turns, &turn.y, &turn.x);
-    }
-    float sum[2] = {q.squares(), k.squares()};
+    float root[2] = {q.squares(), k.squares()};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int step = kLanes / 2; step > 0; step /= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], step);
-        if (lane == 0) squares[i][warp] = sum[i];
+        for (int step = kLanes / 2; step > 0; step /= 2) root[i] += __shfl_xor_sync(kAllLanes, root[i], step);
+        if (threadIdx.x % kLanes == 0) squares[i][threadIdx.x / kLanes] = root[i];
     }
     __syncthreads();
-    float root[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        for (int w = 0; w < warps; ++w) root[i] += squares[i][w];
-        root[i] = rsqrtf(root[i] / static_cast<float>(width) + call.eps);
+        root[i] = 0.0f;
+        for (int warp = 0; warp < blockDim.x / kLanes; ++warp) root[i] += squares[i][warp];
+        root[i] = rsqrtf(root[i] / static_cast<float>(width) + eps);
     }
+    return make_float2(root[0], root[1]);
+}
 
-    Eight weight{};
-    if (real) weight.read(static_cast<const std::uint16_t*>(call.q_weight) + channel);
-    q = q.times(weight, root[0]);
-    if (real) weight.read(static_cast<const std::uint16_t*>(call.k_weight) + channel);
-    k = k.times(weight, root[1]);
-    const float2 *own = &turns[0][0][thread % kEights], *from_sinks = own + kPairs;
-    write_queries<kDim, kInt8>(call, q.turned(own, kEights), call.q_out, call.q_scale, token, real);
-    if (call.q_sink_out)
-        write_queries<kDim, kInt8>(call, q.turned(from_sinks, kEights), call.q_sink_out, call.q_sink_scale, token,
-                                   real);
-    if (!real) return;
-    k = k.turned(own, kEights);
+// A thread's eight numbers of a key and of a value into the bf16 ring, or of a key in front of quantise_granule.
+template <int kDim, bool kInt8>
+__device__ __forceinline__ void write_keys(const cfrt_append& call, const Eight& k, std::int64_t token) {
+    const int channel = threadIdx.x * 8;
     if constexpr (kInt8) {
-        k.write(static_cast<std::uint16_t*>(call.scratch) + token * width + channel);
+        k.write(static_cast<std::uint16_t*>(call.scratch) + token * call.heads * kDim + channel);
     } else {
-        const std::int64_t granule = call.granules[blockIdx.y] + blockIdx.x / CFRT_GRANULE_BF16;
-        const std::int64_t row = (granule * call.heads + head) * CFRT_GRANULE_BF16 + blockIdx.x % CFRT_GRANULE_BF16;
+        const std::int64_t granule = place_of(call, blockIdx.y) + blockIdx.x / CFRT_GRANULE_BF16;
+        const std::int64_t row =
+            (granule * call.heads + channel / kDim) * CFRT_GRANULE_BF16 + blockIdx.x % CFRT_GRANULE_BF16;
         k.write(static_cast<std::uint16_t*>(call.k_out) + row * kDim + channel % kDim);
         const auto* v = static_cast<const std::uint16_t*>(call.v) + token * call.stride + channel;
         store(static_cast<std::uint16_t*>(call.v_out) + row * kDim + channel % kDim,
@@ -159,66 +101,112 @@ __global__ void __launch_bounds__(1024) append_rows(const __grid_constant__ cfrt
     }
 }
 
+// One block is one token: blockIdx.x within its frame, blockIdx.y the frame.
+template <int kDim, bool kInt8>
+__global__ void __launch_bounds__(1024) append_rows(const __grid_constant__ cfrt_append call) {
+    __shared__ Turns<kDim> turns;
+    const int width = call.heads * kDim, channel = threadIdx.x * 8;
+    const std::int64_t token = static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    const bool real = channel < width;
+    Eight q{}, k{}, weight{};
+    if (real) {
+        q.read(static_cast<const std::uint16_t*>(call.q) + token * call.stride + channel);
+        k.read(static_cast<const std::uint16_t*>(call.k) + token * call.stride + channel);
+    }
+    turns.fill(call);
+    const float2 root = inverse_roots(q, k, width, call.eps);
+    if (real) weight.read(static_cast<const std::uint16_t*>(call.q_weight) + channel);
+    q = q.times(weight, root.x);
+    if (real) weight.read(static_cast<const std::uint16_t*>(call.k_weight) + channel);
+    k = k.times(weight, root.y);
+    write_queries<kDim, kInt8>(call, turns.turn(q, false), call.q_out, call.q_scale, token, real);
+    if (call.q_sink_out)
+        write_queries<kDim, kInt8>(call, turns.turn(q, true), call.q_sink_out, call.q_sink_scale, token, real);
+    if (real) write_keys<kDim, kInt8>(call, turns.turn(k, false), token);
+}
+
+#ifdef CFRT_FP8
+
+// The keys and values of 64 tokens of one head, by 128 threads.
+template <int kDim>
+struct Granule {
+    static constexpr int kThreads = 128, kRows = CFRT_GRANULE_INT8;
+    static constexpr int kChunks = kDim / 8, kStepRows = kThreads / kChunks, kSteps = kRows / kStepRows;
+
+    const cfrt_append& call;
+    std::uint16_t* const values;  // of the block. Chunks change places with row / 16: read back by columns of 16 tokens
+    const int thread = threadIdx.x, head = blockIdx.y;
+    const std::int64_t granule = (place_of(call, blockIdx.z) + blockIdx.x) * call.heads + head;
+    Eight keys[kSteps];
+
+    // Returns the largest of this thread's keys.
+    __device__ __forceinline__ float read() {
+        const int tokens = call.rows * call.columns, chunk = thread % kChunks;
+        const std::int64_t column = head * kDim + chunk * 8, width = call.heads * kDim;
+        float range = kLeastRange;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+            const int row = i * kStepRows + thread / kChunks, of_frame = blockIdx.x * kRows + row;
+            const std::int64_t token = static_cast<std::int64_t>(blockIdx.z) * tokens + of_frame;
+            const bool real = of_frame < tokens;
+            keys[i] = Eight{};
+            uint4 value{};
+            if (real) {
+                keys[i].read(static_cast<const std::uint16_t*>(call.scratch) + token * width + column);
+                value = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(call.v) +
+                                                        token * call.stride + column);
+            }
+            range = fmaxf(range, keys[i].range());
+            *reinterpret_cast<uint4*>(values + row * kDim + (chunk ^ (row / 16)) * 8) = value;
+        }
+        return range;
+    }
+
+    __device__ __forceinline__ void write_keys(float range) const {
+        if (thread == 0) call.k_scale[granule] = range / 127.0f;
+        auto* out = static_cast<std::int8_t*>(call.k_out) + granule * kRows * kDim + thread * 8;
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i)
+            *reinterpret_cast<uint2*>(out + i * kThreads * 8) = keys[i].int8(127.0f / range);
+    }
+
+    // A thread takes 16 tokens of a channel at a time, in the order of cfrt_fp8_position.
+    __device__ __forceinline__ void write_values() const {
+        auto* out = static_cast<std::int8_t*>(call.v_out) + granule * kRows * kDim + thread * 16;
+#pragma unroll
+        for (int i = 0; i < kDim; i += kThreads / 4) {
+            const int channel = i + thread / 4, part = thread % 4;
+            const float inverse = 1.0f / call.v_scale[head * kDim + channel];
+            const std::uint16_t* column = values + part * 16 * kDim + ((channel / 8) ^ part) * 8 + channel % 8;
+            std::uint32_t word[4];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                float x[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) x[e] = low_bf16(column[(w * 2 + e % 2 + e / 2 * 8) * kDim]) * inverse;
+                word[w] = pack_fp8(x[0], x[1], x[2], x[3]);
+            }
+            store(out + i * kRows, make_uint4(word[0], word[1], word[2], word[3]));
+        }
+    }
+};
+
+#endif
+
 // One block is one granule (blockIdx.x within its frame, blockIdx.z) of one head (blockIdx.y).
 template <int kDim>
 __global__ void __launch_bounds__(128) quantise_granule(const __grid_constant__ cfrt_append call) {
 #ifdef CFRT_FP8
-    constexpr int kThreads = 128, kChunks = kDim / 8, kStepRows = kThreads / kChunks, kGranule = CFRT_GRANULE_INT8;
-    __shared__ __align__(16) std::uint16_t values[kGranule * kDim];
-    __shared__ float ranges[kThreads / kLanes];
-    const int thread = threadIdx.x, chunk = thread % kChunks, head = blockIdx.y;
-    const int tokens = call.rows * call.columns, first = blockIdx.x * kGranule;
-    const std::int64_t frame = static_cast<std::int64_t>(blockIdx.z) * tokens, width = call.heads * kDim;
-    const std::int64_t granule =
-        (call.granules[blockIdx.z] + blockIdx.x) * static_cast<std::int64_t>(call.heads) + head;
-
-    // Chunks of a row change places with row / 16, so that values can be read back by columns of 16 tokens.
-    Eight keys[kGranule / kStepRows];
-    float range = kLeastRange;
-#pragma unroll
-    for (int i = 0; i < kGranule / kStepRows; ++i) {
-        const int row = i * kStepRows + thread / kChunks;
-        const std::int64_t token = frame + first + row, column = head * kDim + chunk * 8;
-        const bool real = first + row < tokens;
-        keys[i] = Eight{};
-        uint4 value{};
-        if (real) {
-            keys[i].read(static_cast<const std::uint16_t*>(call.scratch) + token * width + column);
-            value = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(call.v) + token * call.stride +
-                                                    column);
-        }
-        range = fmaxf(range, keys[i].range());
-        *reinterpret_cast<uint4*>(values + row * kDim + (chunk ^ (row / 16)) * 8) = value;
-    }
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) range = fmaxf(range, __shfl_xor_sync(kAllLanes, range, step));
-    if (thread % kLanes == 0) ranges[thread / kLanes] = range;
+    __shared__ __align__(16) std::uint16_t values[CFRT_GRANULE_INT8 * kDim];
+    __shared__ float ranges[4];
+    Granule<kDim> granule{call, values};
+    float range = warp_max(granule.read());
+    if (threadIdx.x % kLanes == 0) ranges[threadIdx.x / kLanes] = range;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kThreads / kLanes; ++i) range = fmaxf(range, ranges[i]);
-    if (thread == 0) call.k_scale[granule] = range / 127.0f;
-    auto* k_out = static_cast<std::int8_t*>(call.k_out) + granule * kGranule * kDim + thread * 8;
-#pragma unroll
-    for (int i = 0; i < kGranule / kStepRows; ++i)
-        *reinterpret_cast<uint2*>(k_out + i * kThreads * 8) = keys[i].int8(127.0f / range);
-
-    // A thread takes 16 tokens of a channel at a time, in the order of cfrt_fp8_position.
-    auto* v_out = static_cast<std::int8_t*>(call.v_out) + granule * kGranule * kDim + thread * 16;
-#pragma unroll
-    for (int i = 0; i < kDim; i += kThreads / 4) {
-        const int channel = i + thread / 4, part = thread % 4;
-        const float inverse = 1.0f / call.v_scale[head * kDim + channel];
-        const std::uint16_t* column = values + part * 16 * kDim + ((channel / 8) ^ part) * 8 + channel % 8;
-        std::uint32_t word[4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            float x[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) x[e] = low_bf16(column[(w * 2 + e % 2 + e / 2 * 8) * kDim]) * inverse;
-            word[w] = pack_fp8(x[0], x[1], x[2], x[3]);
-        }
-        store(v_out + i * kGranule, make_uint4(word[0], word[1], word[2], word[3]));
-    }
+    for (int warp = 0; warp < 4; ++warp) range = fmaxf(range, ranges[warp]);
+    granule.write_keys(range);
+    granule.write_values();
 #else
     __trap();  // the launcher refuses such a device
 #endif

@@ -7,22 +7,25 @@
 
 #include <stdint.h>
 
+#include "pass.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { CFRT_MOST_FRAMES = 32, CFRT_MOST_PAIRS = 64 };
+enum { CFRT_MOST_PAIRS = 64 };
 
 typedef struct {
-    const void *q, *k, *v;               /* bf16 [frames * rows * columns][heads * dim] */
-    int64_t stride;                      /* elements from token to token */
-    const void *q_weight, *k_weight;     /* bf16 [heads * dim], of the norms */
-    void *q_out, *q_sink_out;            /* like q, contiguous: bf16, or int8 beside the next two; q_sink_out or NULL */
-    float *q_scale, *q_sink_scale;       /* [token][head]: 8-bit only */
-    void *k_out, *v_out;                 /* the ring: bf16 granules, or K int8 and V e4m3 */
-    float* k_scale;                      /* [granule][head]: 8-bit only */
-    const float* v_scale;                /* [head][dim]: 8-bit only, of all granules; values beyond 448 of it are cut */
-    void* scratch;                       /* 8-bit only: bf16 [tokens][heads * dim] */
+    const void *q, *k, *v;           /* bf16 [frames * rows * columns][heads * dim] */
+    int64_t stride;                  /* elements from token to token */
+    const void *q_weight, *k_weight; /* bf16 [heads * dim], of the norms */
+    void *q_out, *q_sink_out;        /* like q, contiguous: bf16, or int8 beside the next two; q_sink_out or NULL */
+    float *q_scale, *q_sink_scale;   /* [token][head]: 8-bit only */
+    void *k_out, *v_out;             /* the ring: bf16 granules, or K int8 and V e4m3 */
+    float* k_scale;                  /* [granule][head]: 8-bit only */
+    const float* v_scale;            /* [head][dim]: 8-bit only, of all granules; values beyond 448 of it are cut */
+    void* scratch;                   /* 8-bit only: bf16 [tokens][heads * dim] */
+    const cfrt_pass* pass; /* on the device: its first_frame and place instead of those below (pass.h); or NULL */
     int64_t first_frame, last_sink_view; /* position of the first frame; sinks are looked at from no later than that */
     int32_t heads, dim;                  /* dim 64 or 128, heads * dim <= 8192 */
     int32_t frames, rows, columns;       /* the unit's frames, and a frame's tokens, row by row */

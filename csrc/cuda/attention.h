@@ -16,16 +16,13 @@
 
 #include <stdint.h>
 
+#include "pass.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { CFRT_GRANULE_BF16 = 32, CFRT_GRANULE_INT8 = 64, CFRT_MOST_PIECES = 128, CFRT_MOST_SPLITS = 32 };
-
-typedef struct {
-    int32_t start; /* granule or row */
-    int32_t rows;  /* at least one */
-} cfrt_piece;
+enum { CFRT_GRANULE_BF16 = 32, CFRT_GRANULE_INT8 = 64, CFRT_MOST_SPLITS = 32 };
 
 typedef enum { CFRT_ACCUMULATE_FP32 = 0, CFRT_ACCUMULATE_FP16 = 1 } cfrt_accumulate;
 
@@ -43,6 +40,7 @@ typedef struct {
     int32_t splits;                      /* parts that the keys are dealt into, from cfrt_attention_splits */
     int32_t piece_count, sink_pieces;    /* the first sink_pieces are looked at by q_sink, where there is one */
     float scale;
+    const cfrt_pass* pass; /* on the device: its pieces instead of those below (pass.h); or NULL. Granules only */
     cfrt_piece pieces[CFRT_MOST_PIECES];
 } cfrt_attention;
 

@@ -10,7 +10,7 @@
 // predicted for an RTX 4090 (benchmarks/sass_gate.py); not timed yet
 #pragma once
 
-#include "keys.cuh"
+#include "walk.cuh"
 
 namespace cfrt {
 
@@ -28,7 +28,7 @@ struct AttentionBf16 {
     using At = Cursor<std::int64_t, kGranule>;
 
     const Call& call;
-    const int head = blockIdx.y, first_query = blockIdx.x * kBlockRows;
+    const int head = blockIdx.y;
     int thread = threadIdx.x;
     unsigned char* const shared;
     const SharedAddress queries = shared_address(shared), keys = queries + kBlockRows * kRowBytes;
@@ -45,6 +45,7 @@ struct AttentionBf16 {
     }
 
     __device__ void run() {
+        if (is_idle(call)) return;
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) look_from(turn ? call.a.q : call.a.q_sink, part_of(call, turn == 0));
         write();
@@ -57,17 +58,6 @@ struct AttentionBf16 {
         my_query = queries + swizzled<kRowBytes>(warp * kWarpRows + lane % 16, lane / 16);
         my_key = keys + swizzled<kRowBytes>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         my_value = values + swizzled<kRowBytes>(lane % 16, lane / 16);
-    }
-
-    __device__ void copy_queries(const void* from) {
-        const int copy_row = thread / kChunks, copy_chunk = thread % kChunks;
-        const SharedAddress to = queries + swizzled<kRowBytes>(copy_row, copy_chunk);
-        const Element* rows = static_cast<const Element*>(from) + head * kDim + copy_chunk * 8;
-#pragma unroll
-        for (int i = 0; i < kBlockRows / kStepRows; ++i) {
-            const int row = first_query + copy_row + i * kStepRows;
-            copy_async(to + i * kStepRows * kRowBytes, rows + row * call.a.q_stride, row < call.a.queries);
-        }
     }
 
     __device__ void copy_granule(SharedAddress to, const void* from, const At& at) {
@@ -87,30 +77,20 @@ struct AttentionBf16 {
 
     // ------------------------------------------------------------------------------------------- one part of the keys
 
+    // An earlier position's queries and values have been used by all when it ends.
     __device__ void look_from(const void* position, Granules part) {
         if (part.first >= part.last) return;
         find_fragments();
-        At at(call, head, part.first);
-        __syncthreads();  // an earlier position's queries and values have been used
-        copy_queries(position);
-        copy_granule(keys, call.a.k, at);
-        commit_copies();
-        for (int left = part.last - part.first; left > 0; --left) {
-            wait_for_copies();
-            __syncthreads();  // K is here for all, and the last V has been used by all
-            copy_granule(values, call.a.v, at);
-            commit_copies();
-            multiply_by_keys();
-            const int rows = at.rows;
-            if (left > 1) at.advance(call, head);
-            wait_for_copies();
-            __syncthreads();  // V is here for all, and K has been used by all
-            if (left > 1) copy_granule(keys, call.a.k, at);
-            commit_copies();
-            if (rows < kGranule) hide(rows);
-            weigh();
-            multiply_by_values();
-        }
+        copy_queries<kRowBytes, Element>(call, position, queries);
+        walk(*this, part);
+    }
+
+    __device__ void copy_keys(const At& at) { copy_granule(keys, call.a.k, at); }
+    __device__ void copy_values(const At& at) { copy_granule(values, call.a.v, at); }
+
+    __device__ void score(const At& at) {
+        multiply_by_keys();
+        if (at.rows < kGranule) hide(at.rows);
     }
 
     __device__ void multiply_by_keys() {

@@ -11,7 +11,7 @@
 // predicted for an RTX 4090 (benchmarks/sass_gate.py); not timed yet
 #pragma once
 
-#include "keys.cuh"
+#include "walk.cuh"
 
 namespace cfrt {
 
@@ -24,13 +24,12 @@ constexpr float kFullWeight = 8.80735492f;  // log2(448): the largest weight is 
 template <int kDim, bool kHalfSums>
 struct AttentionInt8 {
     static constexpr int kGranule = CFRT_GRANULE_INT8, kGranuleBytes = kGranule * kDim;
-    static constexpr int kChunks = kDim / 16, kStepRows = kThreads / kChunks;
     static constexpr int kSharedBytes = 2 * kBlockRows * kDim;  // queries, keys and values; then the answer in bf16
     static constexpr int kColumns = kDim / 8;
     using At = Cursor<std::int32_t, kGranule>;
 
     const Call& call;
-    const int head = blockIdx.y, first_query = blockIdx.x * kBlockRows;
+    const int head = blockIdx.y;
     int thread = threadIdx.x;
     unsigned char* const shared;
     const SharedAddress queries = shared_address(shared), keys = queries + kBlockRows * kDim;
@@ -38,7 +37,7 @@ struct AttentionInt8 {
     SharedAddress my_query, my_key, my_value;  // where this lane's first fragments lie
 
     float sums[2][kColumns][4] = {};
-    float top[2][2], weight[2][2] = {}, shrink[2][2], query_scale[2][2];
+    float top[2][2], weight[2][2] = {}, shrink[2][2], query_scale[2][2], key_scale;
     std::int32_t products[2][8][4];
     std::uint32_t weights[2][2][4];
 
@@ -48,6 +47,7 @@ struct AttentionInt8 {
     }
 
     __device__ void run() {
+        if (is_idle(call)) return;
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn)
             look_from(turn ? call.a.q : call.a.q_sink, turn ? call.a.q_scale : call.a.q_sink_scale,
@@ -62,17 +62,6 @@ struct AttentionInt8 {
         my_query = queries + swizzled<kDim>(warp * kWarpRows + lane % 16, lane / 16);
         my_key = keys + swizzled<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
         my_value = values + swizzled<kGranule>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    }
-
-    __device__ void copy_queries(const void* from) {
-        const int row = thread / kChunks, chunk = thread % kChunks;
-        const auto* rows = static_cast<const std::int8_t*>(from) + head * kDim + chunk * 16;
-        const SharedAddress to = queries + swizzled<kDim>(row, chunk);
-#pragma unroll
-        for (int i = 0; i < kBlockRows / kStepRows; ++i) {
-            const int query = first_query + row + i * kStepRows;
-            copy_async(to + i * kStepRows * kDim, rows + query * call.a.q_stride, query < call.a.queries);
-        }
     }
 
     // K lies as [token][kDim], V as [channel][token]: a granule's bytes are contiguous either way.
@@ -95,31 +84,22 @@ struct AttentionInt8 {
 
     // ------------------------------------------------------------------------------------------- one part of the keys
 
+    // An earlier position's queries and values have been used by all when it ends.
     __device__ void look_from(const void* position, const float* scale, Granules part) {
         if (part.first >= part.last) return;
         find_fragments();
-        At at(call, head, part.first);
-        __syncthreads();  // an earlier position's queries and values have been used
-        copy_queries(position);
+        copy_queries<kDim, std::int8_t>(call, position, queries);
         load_query_scales(scale);
-        copy_granule<kDim>(keys, call.a.k, at);
-        commit_copies();
-        for (int left = part.last - part.first; left > 0; --left) {
-            wait_for_copies();
-            __syncthreads();  // K is here for all, and the last V has been used by all
-            copy_granule<kGranule>(values, call.a.v, at);
-            commit_copies();
-            const float key_scale = call.a.k_scale[at.offset];
-            multiply_by_keys();
-            if (at.rows < kGranule) hide(at.rows);
-            if (left > 1) at.advance(call, head);
-            wait_for_copies();
-            __syncthreads();  // V is here for all, and K has been used by all
-            if (left > 1) copy_granule<kDim>(keys, call.a.k, at);
-            commit_copies();
-            weigh(key_scale);
-            multiply_by_values();
-        }
+        walk(*this, part);
+    }
+
+    __device__ void copy_keys(const At& at) { copy_granule<kDim>(keys, call.a.k, at); }
+    __device__ void copy_values(const At& at) { copy_granule<kGranule>(values, call.a.v, at); }
+
+    __device__ void score(const At& at) {
+        key_scale = call.a.k_scale[at.offset];
+        multiply_by_keys();
+        if (at.rows < kGranule) hide(at.rows);
     }
 
     __device__ void multiply_by_keys() {
@@ -157,11 +137,11 @@ struct AttentionInt8 {
     }
 
     // Products become weights, 448 * 2^(score - top).
-    __device__ void weigh(float key_scale) {
+    __device__ void weigh() {
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) weigh_row(t, half, key_scale);
+            for (int half = 0; half < 2; ++half) weigh_row(t, half);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int n = i / 4 * 4 + i % 4 / 2 * 2, half = i % 2;
@@ -171,7 +151,7 @@ struct AttentionInt8 {
         }
     }
 
-    __device__ void weigh_row(int t, int half, float key_scale) {
+    __device__ void weigh_row(int t, int half) {
         const float scale = query_scale[t][half] * key_scale;
         float largest = kHidden;
 #pragma unroll

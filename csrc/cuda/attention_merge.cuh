@@ -16,10 +16,11 @@ __global__ void __launch_bounds__(kThreads) attention_merge(const __grid_constan
     if (row >= rows) return;
     const float* part = call.a.scratch + row * kDim + quad * 4;
     const float* logarithm = call.a.scratch + call.a.splits * rows * kDim + row;
+    const int parts = Deal(call).parts();  // the others have not been written
     float top = logarithm[0];
-    for (int i = 1; i < call.a.splits; ++i) top = fmaxf(top, logarithm[i * rows]);
+    for (int i = 1; i < parts; ++i) top = fmaxf(top, logarithm[i * rows]);
     float total = 0.0f, sum[4] = {};
-    for (int i = 0; i < call.a.splits; ++i) {
+    for (int i = 0; i < parts; ++i) {
         const float weight = exp2_fast(logarithm[i * rows] - top);
         const float4 x = *reinterpret_cast<const float4*>(part + i * rows * kDim);
         total += weight;
@@ -27,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) attention_merge(const __grid_constan
     }
     const float share = reciprocal(total);
     auto* out = static_cast<std::uint16_t*>(call.a.out) + row / heads * call.a.out_stride + row % heads * kDim;
-    *reinterpret_cast<uint2*>(out + quad * 4) =
-        make_uint2(pack_bf16(sum[0] * share, sum[1] * share), pack_bf16(sum[2] * share, sum[3] * share));
+    store(out + quad * 4,
+          make_uint2(pack_bf16(sum[0] * share, sum[1] * share), pack_bf16(sum[2] * share, sum[3] * share)));
 }
 
 }  // namespace cfrt

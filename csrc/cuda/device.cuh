@@ -85,6 +85,11 @@ __device__ __forceinline__ void store(void* to, uint4 x) {
                  : "memory");
 }
 
+// The same with 8 bytes.
+__device__ __forceinline__ void store(void* to, uint2 x) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
+}
+
 // ------------------------------------------------------------------------------------------------ products
 
 // d += a b, a 16 x 16 of bf16, b 16 x 8, d in fp32.

@@ -26,6 +26,11 @@ struct Call {
     float scale_log2;                      // scale log2(e): the kernels work in powers of two
 };
 
+// Piece i: of the record in device memory where the call has one.
+__device__ __forceinline__ cfrt_piece piece_of(const Call& call, int i) {
+    return call.a.pass ? call.a.pass->pieces[i] : call.a.pieces[i];
+}
+
 // The granule that a block is at, in the keys of one head.
 template <class Offset, int kGranule>
 struct Cursor {
@@ -34,7 +39,7 @@ struct Cursor {
     Offset offset;  // from k, and from v: in elements for bf16, in granules of a head for 8 bits
 
     __device__ __forceinline__ Cursor(const Call& call, int head, int granule) {
-        for (int n; granule >= (n = granules_of<kGranule>(call.a.pieces[piece].rows)); ++piece) granule -= n;
+        for (int n; granule >= (n = granules_of<kGranule>(piece_of(call, piece).rows)); ++piece) granule -= n;
         enter(call, head);
         rows -= granule * kGranule;
         offset += granule * static_cast<Offset>(call.step);
@@ -51,9 +56,27 @@ struct Cursor {
 
   private:
     __device__ __forceinline__ void enter(const Call& call, int head) {
-        rows = call.a.pieces[piece].rows;
-        offset = call.a.pieces[piece].start * static_cast<Offset>(call.unit) + head * static_cast<Offset>(call.head);
+        const cfrt_piece here = piece_of(call, piece);
+        rows = here.rows;
+        offset = here.start * static_cast<Offset>(call.unit) + head * static_cast<Offset>(call.head);
     }
+};
+
+// How the granules are dealt out: as the host has planned it, or those of a record in device memory evenly, in which
+// case the last parts may be empty.
+struct Deal {
+    int granules, sinks, part;
+
+    __device__ __forceinline__ explicit Deal(const Call& call)
+        : granules(call.granules), sinks(call.sink_granules), part(call.split_granules) {
+        if (const cfrt_pass* pass = call.a.pass) {
+            granules = pass->granules;
+            sinks = call.a.q_sink ? pass->sink_granules : 0;
+            part = (granules + call.a.splits - 1) / call.a.splits;
+        }
+    }
+
+    __device__ __forceinline__ int parts() const { return (granules + part - 1) / part; }
 };
 
 // The granules [first, last) that block z looks at from one of the two positions.
@@ -61,8 +84,15 @@ struct Granules {
     int first, last;
 };
 __device__ __forceinline__ Granules part_of(const Call& call, bool sink) {
-    const int first = blockIdx.z * call.split_granules, last = min(first + call.split_granules, call.granules);
-    return sink ? Granules{first, min(last, call.sink_granules)} : Granules{max(first, call.sink_granules), last};
+    const Deal deal(call);
+    const int first = blockIdx.z * deal.part, last = min(first + deal.part, deal.granules);
+    return sink ? Granules{first, min(last, deal.sinks)} : Granules{max(first, deal.sinks), last};
+}
+
+// Whether nothing is left for block z.
+__device__ __forceinline__ bool is_idle(const Call& call) {
+    const Deal deal(call);
+    return blockIdx.z * deal.part >= deal.granules;
 }
 
 // ------------------------------------------------------------------------------------------------ the answer

@@ -24,6 +24,7 @@ CudaRing::CudaRing(const CudaRingShape& shape) : shape_(shape), frames_(shape.ge
     const Geometry& g = shape.geometry;
     check(g.window + g.sinks <= CFRT_MOST_PIECES, "expected a window and sinks of at most ", int{CFRT_MOST_PIECES},
           " frames together, got ", g.window, " and ", g.sinks);
+    check(g.unit <= CFRT_MOST_FRAMES, "expected units of at most ", int{CFRT_MOST_FRAMES}, " frames, got ", g.unit);
     const std::int64_t rows = shape.int8 ? CFRT_GRANULE_INT8 : CFRT_GRANULE_BF16;
     frame_granules_ = (shape.frame_tokens + rows - 1) / rows;
     const std::int64_t granules = g.capacity() * frame_granules_ * shape.heads;
@@ -42,15 +43,20 @@ std::int32_t CudaRing::granule_of(std::int64_t frame) const {
     return static_cast<std::int32_t>(shape_.geometry.slot(frame) * frame_granules_);
 }
 
-void CudaRing::open(std::int64_t unit, CudaRingPass& pass) {
+cfrt_pass CudaRing::open(std::int64_t unit, std::uint64_t seed) {
     const Geometry& g = shape_.geometry;
-    frames_.open(unit, pass.frames);
-    pass.pieces.clear(), pass.place.clear(), pass.sink_pieces = 0;
-    for (const std::int64_t frame : pass.frames) {
-        pass.pieces.push_back({granule_of(frame), static_cast<std::int32_t>(shape_.frame_tokens)});
+    frames_.open(unit, seen_);
+    cfrt_pass pass{};
+    pass.seed = seed, pass.unit = static_cast<std::uint32_t>(unit), pass.first_frame = unit * g.unit;
+    for (const std::int64_t frame : seen_) {
+        pass.pieces[pass.piece_count++] = {granule_of(frame), static_cast<std::int32_t>(shape_.frame_tokens)};
         pass.sink_pieces += frame < g.sinks;
     }
-    for (std::int64_t frame = unit * g.unit; frame < g.unit_end(unit); ++frame) pass.place.push_back(granule_of(frame));
+    const auto granules = static_cast<std::int32_t>(frame_granules_);
+    pass.granules = pass.piece_count * granules, pass.sink_granules = pass.sink_pieces * granules;
+    for (std::int64_t frame = pass.first_frame; frame < g.unit_end(unit); ++frame)
+        pass.place[pass.frames++] = granule_of(frame);
+    return pass;
 }
 
 std::vector<std::int64_t> CudaRing::state() const {

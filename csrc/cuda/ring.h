@@ -2,7 +2,8 @@
 // once. This class says where each layer's keys and values lie in it, and what a pass reads and writes; it touches no
 // memory, so that it needs no CUDA. Which frame each slot holds is csrc/frames.h.
 //
-// An exact snapshot is the allocation's bytes and `state`; taking and restoring one is the caller's copy.
+// An exact snapshot is the allocation's bytes and `state`; taking and restoring one is the caller's copy. What a pass
+// reads and writes is a cfrt_pass (pass.h): to be copied to the device, or into the fields of a call.
 #pragma once
 
 #include <cstddef>
@@ -20,14 +21,6 @@ struct CudaRingShape {
     bool int8;  // keys in int8 with scales, values in e4m3; else both in bf16
 };
 
-// What one pass over a unit reads and writes, for attention.h and append.h. Used again, it allocates nothing.
-struct CudaRingPass {
-    std::vector<cfrt_piece> pieces;   // the frames that the unit sees: sinks first, then the window, itself included
-    std::int32_t sink_pieces = 0;     // of them, those that are sinks
-    std::vector<std::int32_t> place;  // the granule at which each of the unit's own frames starts
-    std::vector<std::int64_t> frames;
-};
-
 class CudaRing {
   public:
     explicit CudaRing(const CudaRingShape& shape);
@@ -39,7 +32,9 @@ class CudaRing {
     Layer layer(std::int64_t i) const;
     std::int64_t bytes() const { return shape_.layers * layer_bytes_; }
 
-    void open(std::int64_t unit, CudaRingPass& pass);
+    // What a pass over `unit` reads and writes: a piece for each frame that it sees. Frames::open says what is an
+    // Error.
+    cfrt_pass open(std::int64_t unit, std::uint64_t seed);
     Frames& frames() { return frames_; }
     const Frames& frames() const { return frames_; }
 
@@ -52,6 +47,7 @@ class CudaRing {
 
     CudaRingShape shape_;
     Frames frames_;
+    std::vector<std::int64_t> seen_;
     std::int64_t frame_granules_, side_bytes_, layer_bytes_;
 };
 

@@ -181,7 +181,7 @@ class Program:
             for raw in found
         ]  # fmt: skip
         rows = [
-            Row(at.opcode, at.line, source_name(files, at.source), *(int(n) for n in row))
+            Row(self.kernel.name, at.opcode, at.line, source_name(files, at.source), *(int(n) for n in row))
             for at, row in zip(code, counters, strict=True)
         ]
         return Report(findings, rows, [launch])

@@ -52,6 +52,7 @@ class Finding:
 class Row:
     """The counts of one instruction over a launch."""
 
+    kernel: str
     opcode: str
     line: int
     source: str
@@ -98,6 +99,13 @@ class Report:
     def sector_ratio(self) -> float:
         """Sectors of global memory over the fewest possible: 1 where accesses are coalesced."""
         return _ratio((row.sectors, row.ideal_sectors) for row in self.rows)
+
+    def of(self, kernel: str) -> "Report":
+        """Of one kernel, by its mangled name, what it counted and what was found."""
+        launches = [launch for launch in self.launches if launch.startswith(f"{kernel}<<<")]
+        return Report(
+            [f for f in self.findings if f.kernel == kernel], [r for r in self.rows if r.kernel == kernel], launches
+        )
 
     def kinds(self) -> set[str]:
         return {finding.kind for finding in self.findings}

@@ -31,6 +31,7 @@ namespace {
 constexpr int kTile = CFRT_SIMD >= 2 ? 8 : 4;
 constexpr int kBlock = 192;
 constexpr int kGroup = 64;
+constexpr int kAhead = 4 * kTile;  // keys
 
 // The running maximum stands still until it is passed by a factor of 2^kSlack: that costs no precision, since weights
 // are floating-point numbers too, and saves the rescaling of what has been summed up.
@@ -198,6 +199,17 @@ struct Attend {
         }
     }
 
+    CFRT_INLINE static void fetch(const float* words, std::int64_t count) {
+        for (std::int64_t i = 0; i < count; i += 16) __builtin_prefetch(words + i);
+    }
+
+    // Asks for the values of the kTile keys from `key` on, and for keys some tiles ahead: the first queries of a group
+    // would wait for each line of them.
+    CFRT_INLINE void look_ahead(std::int64_t key) const {
+        fetch(k + (key + kAhead) * key_words, kTile * key_words);
+        fetch(v + key * key_words, kTile * key_words);
+    }
+
     // Keys [start, stop) of whole words, at most kBlock.
     void block(std::int64_t start, std::int64_t stop, bool far) const {
         for (int g = 0; g < groups; ++g) {
@@ -205,7 +217,10 @@ struct Attend {
             const float* packed = far ? q.far : q.near;
             const int count = static_cast<int>(stop - start);
             int at = 0;
-            for (; at + kTile <= count; at += kTile) scores<kTile>(q, packed, start + at, at);
+            for (; at + kTile <= count; at += kTile) {
+                if (g == 0) look_ahead(start + at);
+                scores<kTile>(q, packed, start + at, at);
+            }
             if constexpr (kTile > 4)
                 for (; at + 4 <= count; at += 4) scores<4>(q, packed, start + at, at);
             for (; at + 2 <= count; at += 2) scores<2>(q, packed, start + at, at);
@@ -309,6 +324,7 @@ struct Attend {
         const KeyValues& kv = *a.kv;
         k = static_cast<const float*>(kv.k) + head * kv.rows * key_words;
         v = static_cast<const float*>(kv.v) + head * kv.rows * key_words;
+        fetch(k + a.ranges[0].start * key_words, kAhead * key_words);
         groups = static_cast<int>(ceil_div(count, kWidth));
         float* next = scratch;
         const auto take = [&](std::int64_t size) { return next += size, next - size; };

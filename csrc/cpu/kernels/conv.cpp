@@ -12,6 +12,7 @@
 #include "conv.h"
 
 #include "../simd.h"
+#include "activations.h"
 
 namespace cfrt::CFRT_LEVEL {
 namespace {

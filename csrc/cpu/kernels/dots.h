@@ -4,12 +4,12 @@
 
 #include "../simd.h"
 #include "int8_rows.h"
+#include "lanes.h"
 
 namespace cfrt::CFRT_LEVEL {
 namespace {
 
 typedef std::int32_t Sums __attribute__((vector_size(sizeof(Vec))));
-typedef std::uint32_t Words __attribute__((vector_size(sizeof(Vec))));
 
 template <class T>
 CFRT_INLINE Int splat_word(const T* p) {
@@ -48,10 +48,7 @@ struct Bf16 {
 #else
     // First the odd numbers of the pairs, then the even ones: each is a float once its neighbour is out of the way.
     static constexpr int kSteps = 2;
-    CFRT_INLINE static Vec half(int step, Int pairs) {
-        if (step == 1) return (Vec)(Words)((Words)pairs & 0xffff0000u);
-        return (Vec)(Words)((Words)pairs << 16);
-    }
+    CFRT_INLINE static Vec half(int step, Int pairs) { return step == 1 ? upper((Vec)pairs) : lower((Vec)pairs); }
     CFRT_INLINE static Vec load(int step, const W* p) {
         return half(step, iload(reinterpret_cast<const std::int32_t*>(p)));
     }
@@ -90,16 +87,14 @@ struct Whole {
     CFRT_INLINE static Acc dot(Int x, Int w, Acc acc) { return acc + (Acc)_mm256_madd_epi16(x, w); }
 #endif
 #else
-    // Whole numbers as floats.
+    // Whole numbers as floats, four of K in a word and taken out one by one: there is no other cheap way from bytes.
     using Acc = Vec;
-    static constexpr int kGroup = 1, kSteps = 1;
-    CFRT_INLINE static Vec load(int, const W* p) {
-        typedef std::int8_t Bytes __attribute__((vector_size(4)));
-        Bytes bytes;
-        __builtin_memcpy(&bytes, p, sizeof bytes);
-        return __builtin_convertvector(bytes, Vec);
+    static constexpr int kGroup = 4, kSteps = 4;
+    CFRT_INLINE static Vec load(int step, const W* p) {
+        const Int words = iload(reinterpret_cast<const std::int32_t*>(p));
+        return to_float((words << (24 - 8 * step)) >> 24);
     }
-    CFRT_INLINE static Vec splat(int, const A* p) { return CFRT_LEVEL::splat(*p); }
+    CFRT_INLINE static Vec splat(int step, const A* p) { return CFRT_LEVEL::splat(p[step]); }
     CFRT_INLINE static Vec dot(Vec x, Vec w, Vec acc) { return fma(x, w, acc); }
 #endif
 };

@@ -33,6 +33,8 @@ struct PackedWeights {
     const void* panels;          // [panel][k / group][column][k % group]
     const float* scale;          // int8: what a column's whole numbers are multiplied with
     const std::int32_t* offset;  // int8: what a column's sum has too much, because the rows are stored with an offset
+    const void* next = nullptr;  // panels of the weights that are wanted after these, to be asked for in time
+    std::int64_t next_bytes = 0;
 };
 
 struct Gemm {

@@ -26,6 +26,7 @@
 #pragma once
 
 #include "../simd.h"
+#include "activations.h"
 #include "gemm.h"
 
 namespace cfrt::CFRT_LEVEL {
@@ -42,7 +43,7 @@ constexpr int kVecs = 2, kRows = 4, kPairRows = 2, kQuadRows = 0;
 #endif
 constexpr int kPanel = kVecs * kLanes;
 template <class Micro>
-constexpr int kMostRows = kRows + 1 - Micro::kSteps;  // taking numbers apart takes a register more
+constexpr int kMostRows = Micro::kSteps > 1 ? kRows - 1 : kRows;  // taking numbers apart takes a register more
 constexpr int kSums = most(kRows, most(2 * kPairRows, 4 * kQuadRows)) * kPanel;
 
 struct Tile {
@@ -58,7 +59,7 @@ struct Tile {
 //   kExact         groups that Acc holds without loss, 0 where there is no bound
 //   Acc            vector of sums; dot(x, w, acc) adds products, with x = splat(step, row), w = load(step, panel)
 //   put(to, acc, first)  from Acc to Sum, adding unless it is the first
-//   Column(g, column).value(sum, row)  from kLanes Sums to numbers
+//   Column(g, column).plus(bias, sum, row)  from kLanes Sums to numbers, plus the bias
 
 // Sums that are numbers already.
 template <class Dot>
@@ -70,21 +71,33 @@ struct Floating : Dot {
 
     struct Column {
         Column(const Gemm&, std::int64_t) {}
-        CFRT_INLINE Vec value(const float* sum, std::int64_t) const { return load(sum); }
+        CFRT_INLINE Vec plus(Vec bias, const float* sum, std::int64_t) const { return load(sum) + bias; }
     };
+};
+
+// The panel after this one. A line of it is asked for in every step, the tiles of a panel share in that, so that it
+// comes from far away while this one is worked on. Where panels lie side by side the CPU does as well: it is read
+// without a break, which it foresees.
+struct Ahead {
+    const char* at;
+    std::int64_t step;  // bytes
 };
 
 // The sums of R rows by V vectors over `groups`; every kVecs vectors the next panel begins, `panel` elements on.
 template <class Micro, int R, int V>
 CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Micro::A* a, std::int64_t stride,
-                            const typename Micro::W* w, std::int64_t panel, std::int64_t groups) {
+                            const typename Micro::W* w, std::int64_t panel, std::int64_t groups, Ahead& ahead) {
     constexpr int kGroup = Micro::kGroup;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) acc[r][v] = typename Micro::Acc{};
     for (std::int64_t k = 0; k < groups; ++k, w += kGroup * kPanel) {
-#pragma GCC unroll 2
+        if constexpr (R > kPairRows) {
+            __builtin_prefetch(ahead.at, 0, 2);
+            ahead.at += ahead.step;
+        }
+#pragma GCC unroll 4
         for (int step = Micro::kSteps - 1; step >= 0; --step) {
             if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
             decltype(Micro::load(step, w)) b[V];
@@ -103,7 +116,7 @@ CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Mic
 // R rows by P panels, `panel` elements apart: sums [P][R][kPanel].
 template <class Micro, int R, int P>
 void block(const typename Micro::A* a, std::int64_t stride, const typename Micro::W* w, std::int64_t panel,
-           std::int64_t groups, typename Micro::Sum* sums) {
+           std::int64_t groups, Ahead ahead, typename Micro::Sum* sums) {
     constexpr int V = P * kVecs;
     typename Micro::Acc acc[R][V];
     const auto put = [&](bool first) {
@@ -117,18 +130,18 @@ void block(const typename Micro::A* a, std::int64_t stride, const typename Micro
     if constexpr (Micro::kExact > 0) {
         for (; groups - begin > Micro::kExact; begin += Micro::kExact) {
             accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
-                              Micro::kExact);
+                              Micro::kExact, ahead);
             put(begin == 0);
         }
     }
-    accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel,
-                      groups - begin);
+    accumulate<Micro>(acc, a + begin * Micro::kGroup, stride, w + begin * Micro::kGroup * kPanel, panel, groups - begin,
+                      ahead);
     put(begin == 0);
 }
 
 template <class Micro>
 using Block = void (*)(const typename Micro::A*, std::int64_t, const typename Micro::W*, std::int64_t, std::int64_t,
-                       typename Micro::Sum*);
+                       Ahead, typename Micro::Sum*);
 
 template <int... R>
 struct RowCounts {};
@@ -171,7 +184,7 @@ CFRT_INLINE void for_each_vec(const Gemm& g, const Tile& t, const typename Micro
         const typename Micro::Column scaled(g, column);
         const Vec bias = g.bias ? load_some(g.bias + column, lanes) : zero();
         for (int r = 0; r < t.rows; ++r)
-            finish(scaled.value(sums + r * kPanel + v * kLanes, t.row + r) + bias, lanes, t.row + r, column);
+            finish(scaled.plus(bias, sums + r * kPanel + v * kLanes, t.row + r), lanes, t.row + r, column);
     }
 }
 
@@ -239,21 +252,27 @@ CFRT_INLINE int side_by_side(const Gemm& g, std::int64_t left) {
 
 template <class Micro>
 void run(const Gemm& g, std::int64_t begin, std::int64_t end) {
+    using W = typename Micro::W;
     alignas(64) typename Micro::Sum sums[kSums];
     const std::int64_t row_count = row_blocks<Micro>(g), groups = g.w->depth / Micro::kGroup,
                        size = kPanel * g.w->depth;
     const auto* a = static_cast<const typename Micro::A*>(g.a);
-    const auto* panels = static_cast<const typename Micro::W*>(g.w->panels);
+    const auto* panels = static_cast<const W*>(g.w->panels);
+    const char* onward = g.w->next ? static_cast<const char*>(g.w->next) + g.w->next_bytes * begin / tiles<Micro>(g)
+                                   : static_cast<const char*>(g.w->panels);
     while (begin < end) {
         const std::int64_t panel = begin / row_count, part = begin % row_count;
         const int together = side_by_side(g, end - begin);
         Tile t;
         t.row = g.m * part / row_count;
         t.rows = static_cast<int>(g.m * (part + 1) / row_count - t.row);
+        const std::int64_t after = panel + together, share = size * static_cast<std::int64_t>(sizeof(W)) / row_count;
+        const char* far = after * row_count < end ? reinterpret_cast<const char*>(panels + after * size) : onward;
         const Block<Micro>* table = together == 4   ? blocks<Micro, 4, kQuadRows>
                                     : together == 2 ? blocks<Micro, 2, kPairRows>
                                                     : blocks<Micro, 1, kMostRows<Micro>>;
-        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups, sums);
+        table[t.rows - 1](a + t.row * g.stride, g.stride, panels + panel * size, size, groups,
+                          {far + part * share, share / groups}, sums);
         for (int p = 0; p < together; ++p) {
             t.column = (panel + p) * kPanel;
             t.columns = static_cast<int>(least<std::int64_t>(kPanel, g.w->n - t.column));

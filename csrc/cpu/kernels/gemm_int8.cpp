@@ -12,7 +12,7 @@ struct Exact : Whole {
     static constexpr std::int64_t kExact = 0;
     CFRT_INLINE static void put(Sum* to, Acc acc, bool) { istore(to, (Int)acc); }
 #else
-    static constexpr std::int64_t kExact = 1024;  // 127^2 * 1024 < 2^24: then the floats go to an integer
+    static constexpr std::int64_t kExact = 256;  // groups of four: 127^2 * 1024 < 2^24: then the floats go to an integer
     CFRT_INLINE static void put(Sum* to, Vec acc, bool first) {
         const Int whole = __builtin_convertvector(acc, Int);
         istore(to, first ? whole : iadd(iload(to), whole));
@@ -28,9 +28,9 @@ struct Exact : Whole {
         CFRT_INLINE Column(const Gemm& g, std::int64_t column)
             : row_scale(g.a_scale), scale(CFRT_LEVEL::load(g.w->scale + column)), offset(iload(g.w->offset + column)) {}
 
-        CFRT_INLINE Vec value(const Sum* sum, std::int64_t row) const {
+        CFRT_INLINE Vec plus(Vec bias, const Sum* sum, std::int64_t row) const {
             const Int whole = kInt8Offset ? isub(iload(sum), offset) : iload(sum);
-            return to_float(whole) * (CFRT_LEVEL::splat(row_scale[row]) * scale);
+            return fma(to_float(whole), CFRT_LEVEL::splat(row_scale[row]) * scale, bias);
         }
     };
 };

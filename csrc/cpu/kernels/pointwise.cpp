@@ -3,6 +3,7 @@
 #include "pointwise.h"
 
 #include "../simd.h"
+#include "activations.h"
 #include "int8_rows.h"
 #include "lanes.h"
 

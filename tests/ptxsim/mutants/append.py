@@ -7,12 +7,13 @@ from cuda_fixture import compiled
 
 from .framework import Subject, bug
 
-KERNEL = "append.cuh"
+KERNEL, EIGHT = "append.cuh", "eight.cuh"
+BARRIER, ONWARD = "__syncthreads();\n#pragma unroll\n    for (", "#pragma unroll\n    for ("
 MUTANTS = [
-    bug("race", "no barrier after the sums of squares", KERNEL, "__syncthreads();\n    float root", "float root"),
-    bug("race", "no barrier before the transposed read", KERNEL, "__syncthreads();\n#pragma unroll", "#pragma unroll"),
-    bug("value", "no epsilon", KERNEL, " + call.eps)", ")"),
-    bug("value", "turned the other way", KERNEL, "- b * turn[i * step].y", "+ b * turn[i * step].y"),
+    bug("race", "no barrier after the sums of squares", KERNEL, BARRIER + "int i", ONWARD + "int i"),
+    bug("race", "no barrier before the transposed read", KERNEL, BARRIER + "int warp", ONWARD + "int warp"),
+    bug("value", "no epsilon", KERNEL, " + eps)", ")"),
+    bug("value", "turned the other way", EIGHT, "- b * turn[i * step].y", "+ b * turn[i * step].y"),
     bug(
         "value",
         "rows and columns exchanged",
@@ -21,21 +22,21 @@ MUTANTS = [
         "? blockIdx.x % call.columns : blockIdx.x / call.columns",
     ),
     bug("value", "sinks looked at from too late", KERNEL, "min(frame, call.last_sink_view)", "frame"),
-    bug("race", "all frames into one slot", KERNEL, "call.granules[blockIdx.y] +", "call.granules[0] +"),
+    bug("race", "all frames into one slot", KERNEL, "place_of(call, blockIdx.y) +", "place_of(call, 0) +"),
     bug(
         "any",
         "frames one granule apart",
         KERNEL,
-        "(call.granules[blockIdx.z] + blockIdx.x)",
-        "(call.granules[blockIdx.z] + blockIdx.x + 1)",
+        "(place_of(call, blockIdx.z) + blockIdx.x)",
+        "(place_of(call, blockIdx.z) + blockIdx.x + 1)",
     ),
-    bug("any", "padding read", KERNEL, "const bool real = first + row < tokens;", "const bool real = true;"),
+    bug("any", "padding read", KERNEL, "const bool real = of_frame < tokens;", "const bool real = true;"),
     bug(
         "value",
         "range of half a warp",
-        KERNEL,
-        "for (int step = kLanes / 2; step > 0; step /= 2) range",
-        "for (int step = kLanes / 4; step > 0; step /= 2) range",
+        EIGHT,
+        "for (int step = kLanes / 2; step > 0; step /= 2) x",
+        "for (int step = kLanes / 4; step > 0; step /= 2) x",
     ),
     bug("bounds", "threads past the width", KERNEL, "const bool real = channel < width;", "const bool real = true;"),
     bug(
@@ -43,8 +44,10 @@ MUTANTS = [
         "norm over one head",
         KERNEL,
         "root[i] / static_cast<float>(width)",
-        "root[i] / static_cast<float>(kDim)",
+        "root[i] / static_cast<float>(width / 2)",
     ),
+    bug("any", "the record's places ignored", KERNEL, "call.pass ? call.pass->place[frame] :", ""),
+    bug("value", "the record's time ignored", KERNEL, "call.pass ? call.pass->first_frame :", ""),
 ]
 
 
@@ -63,6 +66,7 @@ SUBJECT = Subject(
         "int8": lambda: tests.test_int8_fp8_is_the_bf16_rounded("three frames, sink view"),
         "rows of almost nothing": _rows_of_almost_nothing,
         "zeros": tests.test_a_row_of_zeros_has_a_scale,
+        "record": lambda: tests.test_a_record_in_device_memory_is_the_call("bf16"),
     },
     MUTANTS,
     compiled.cache_clear,

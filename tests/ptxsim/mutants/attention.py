@@ -5,28 +5,29 @@ from cuda_fixture import compiled
 
 from .framework import Subject, bug
 
-KERNEL, KEYS, DEVICE, MERGE = ("attention_bf16.cuh", "keys.cuh", "device.cuh", "attention_merge.cuh")
+KERNEL, WALK, KEYS = "attention_bf16.cuh", "walk.cuh", "keys.cuh"
+DEVICE, MERGE = "device.cuh", "attention_merge.cuh"
 AFTER_K = "__syncthreads();  // K is here for all, and the last V has been used by all"
 AFTER_V = "__syncthreads();  // V is here for all, and K has been used by all"
-WAIT, NEXT_K = ("wait_for_copies();", "if (left > 1) copy_granule(keys, call.a.k, at);")
+WAIT, NEXT_K = "wait_for_copies();", "if (left > 1) block.copy_keys(at);"
 SYNCHRONISATION = [
-    bug("race", "no barrier after K", KERNEL, AFTER_K, ""),
-    bug("race", "no barrier after V", KERNEL, AFTER_V, ""),
-    bug("race", "K not waited for", KERNEL, WAIT, "", 0),
-    bug("race", "V not waited for", KERNEL, WAIT, "", 1),
+    bug("race", "no barrier after K", WALK, AFTER_K, ""),
+    bug("race", "no barrier after V", WALK, AFTER_V, ""),
+    bug("race", "K not waited for", WALK, WAIT, "", 0),
+    bug("race", "V not waited for", WALK, WAIT, "", 1),
     bug(
         "race",
         "next K copied before the barrier",
-        KERNEL,
-        f"{WAIT}\n            {AFTER_V}\n            {NEXT_K}",
-        f"{NEXT_K}\n            {WAIT}\n            {AFTER_V}",
+        WALK,
+        f"{WAIT}\n        {AFTER_V}\n        {NEXT_K}",
+        f"{NEXT_K}\n        {WAIT}\n        {AFTER_V}",
     ),
     bug(
         "race",
         "V copied before the barrier",
-        KERNEL,
-        f"{AFTER_K}\n            copy_granule(values, call.a.v, at);",
-        f"copy_granule(values, call.a.v, at);\n            {AFTER_K}",
+        WALK,
+        f"{AFTER_K}\n        block.copy_values(at);",
+        f"block.copy_values(at);\n        {AFTER_K}",
     ),
     bug("race", "wait that leaves a group in flight", DEVICE, "cp.async.wait_group 0;", "cp.async.wait_group 1;"),
     bug(
@@ -37,12 +38,12 @@ SYNCHRONISATION = [
         "cp.async.wait_group 1;",
         0,
     ),
-    bug("divergence", "barrier that one lane misses", KERNEL, AFTER_V, f"if (thread != 5 || left != 1) {AFTER_V}"),
-    bug("barrier", "barrier that one warp misses", KERNEL, AFTER_V, f"if (thread >= 32 || left != 1) {AFTER_V}"),
+    bug("divergence", "barrier that one lane misses", WALK, AFTER_V, f"if (threadIdx.x != 5 || left != 1) {AFTER_V}"),
+    bug("barrier", "barrier that one warp misses", WALK, AFTER_V, f"if (threadIdx.x >= 32 || left != 1) {AFTER_V}"),
     bug("race", "answer read before the warp has written it", KEYS, "__syncwarp();", "", 1),
 ]
 BOUNDS = [
-    bug("bounds", "queries read past the last", KERNEL, "row < call.a.queries)", "true)"),
+    bug("bounds", "queries read past the last", WALK, "row < call.a.queries)", "true)"),
     bug("bounds", "answers written past the last", KEYS, "if (first + row < call.a.queries)", "if (true)"),
     bug("any", "parts written past the last", KEYS, "if (query >= call.a.queries) continue;", ""),
     bug("bounds", "merge past the last row", MERGE, "if (row >= rows) return;", ""),
@@ -54,10 +55,16 @@ BOUNDS = [
         "::kSharedBytes - 1024, stream",
     ),
     bug("bounds", "rows of a plain array past a piece", KERNEL, "copy_row + i * kStepRows < at.rows)", "true)"),
-    bug("alignment", "queries a chunk off", KERNEL, "head * kDim + copy_chunk * 8", "head * kDim + copy_chunk * 8 + 4"),
+    bug(
+        "alignment",
+        "queries a chunk off",
+        WALK,
+        "copy_chunk) * (16 / sizeof(Element))",
+        "copy_chunk) * (16 / sizeof(Element)) + 4",
+    ),
 ]
 GEOMETRY = [
-    bug("value", "padding looked at", KERNEL, "if (rows < kGranule) hide(rows);", ""),
+    bug("value", "padding looked at", KERNEL, "if (at.rows < kGranule) hide(at.rows);", ""),
     bug("value", "one row of padding looked at", KERNEL, "i % 2 >= rows)", "i % 2 > rows)"),
     bug("any", "end of a piece missed by one", KEYS, "if (rows <= 0)", "if (rows < 0)"),
     bug("value", "head ignored", KEYS, "head * static_cast<Offset>(call.head)", "0"),
@@ -65,10 +72,10 @@ GEOMETRY = [
         "value",
         "a part one granule short",
         KEYS,
-        "min(first + call.split_granules, call.granules)",
-        "min(first + call.split_granules - 1, call.granules)",
+        "min(first + deal.part, deal.granules)",
+        "min(first + deal.part - 1, deal.granules)",
     ),
-    bug("value", "sinks not cut off at their end", KEYS, "min(last, call.sink_granules)", "last"),
+    bug("value", "sinks not cut off at their end", KEYS, "min(last, deal.sinks)", "last"),
     bug("value", "sinks from the wrong position", KERNEL, "turn ? call.a.q : call.a.q_sink", "call.a.q"),
     bug(
         "any",
@@ -105,8 +112,8 @@ NUMBERS = [
         "value",
         "first part left out of the merge",
         MERGE,
-        "for (int i = 0; i < call.a.splits; ++i) {",
-        "for (int i = 1; i < call.a.splits; ++i) {",
+        "for (int i = 0; i < parts; ++i) {",
+        "for (int i = 1; i < parts; ++i) {",
     ),
     bug("value", "parts merged without their weights", MERGE, "exp2_fast(logarithm[i * rows] - top)", "1.0f"),
     bug("any", "tile not swizzled", DEVICE, "(chunk ^ ((row / kRowsOfALine) & (kChunks - 1)))", "chunk"),
@@ -124,6 +131,14 @@ def _to_the_end() -> None:
     case.check(case.bf16("rows")[0])
 
 
+RECORDS = [
+    bug("value", "the record's sinks ignored", KEYS, "call.a.q_sink ? pass->sink_granules : 0", "0"),
+    bug("any", "the record's pieces ignored", KEYS, "call.a.pass ? call.a.pass->pieces[i] :", ""),
+    bug("any", "parts without keys written", KERNEL, "if (is_idle(call)) return;", ""),
+    bug("uninitialised", "parts without keys merged", MERGE, "Deal(call).parts()", "call.a.splits"),
+]
+
+
 SUBJECT = Subject(
     "attention_bf16",
     {
@@ -136,8 +151,11 @@ SUBJECT = Subject(
         "random schedule": lambda: tests.test_bf16_does_not_depend_on_the_schedule(
             "three parts", tests.EVERY_SCHEDULE[2]
         ),
+        "record": lambda: tests.test_a_record_in_device_memory_is_the_list("wrap, sink, tail"),
+        "record of few keys": lambda: tests.test_a_record_in_device_memory_is_the_list("more parts than granules"),
+        "parts without keys": tests.test_parts_without_keys_write_nothing,
         "bank conflicts": tests.test_bf16_moves_no_more_than_it_must,
     },
-    SYNCHRONISATION + BOUNDS + GEOMETRY + NUMBERS,
+    SYNCHRONISATION + BOUNDS + GEOMETRY + NUMBERS + RECORDS,
     compiled.cache_clear,
 )

@@ -7,7 +7,13 @@ from .framework import Subject, bug
 
 KERNEL = "attention_int8_fp8.cuh"
 MUTANTS = [
-    bug("race", "no barrier after V", KERNEL, "__syncthreads();  // V is here for all, and K has been used by all", ""),
+    bug(
+        "race",
+        "no barrier after V",
+        "walk.cuh",
+        "__syncthreads();  // V is here for all, and K has been used by all",
+        "",
+    ),
     bug("race", "no barrier before the answer", KERNEL, "__syncthreads();  // the answer is put where", "// "),
     bug("value", "padding looked at", KERNEL, "if (at.rows < kGranule) hide(at.rows);", ""),
     bug("value", "keys scaled by the first granule", KERNEL, "call.a.k_scale[at.offset]", "call.a.k_scale[0]"),
@@ -40,6 +46,7 @@ MUTANTS = [
     bug("value", "half of V used twice", KERNEL, "a[1], b[1][i], b[1][i + 1]", "a[1], b[0][i], b[0][i + 1]", 1),
     bug("value", "bias left in", KERNEL, "fmaf(-kBias, scale, kFullWeight - most)", "kFullWeight - most"),
     bug("value", "tokens of V in another order", "attention_int8_fp8.cu", "in / 8 * 2 + in % 2", "in % 2 * 2 + in / 8"),
+    bug("any", "parts without keys written", KERNEL, "if (is_idle(call)) return;", ""),
     bug("value", "a device before Ada", "device.h", "10 * major + minor >= 89", "10 * major + minor >= 80"),
 ]
 SUBJECT = Subject(
@@ -47,6 +54,7 @@ SUBJECT = Subject(
     {
         "wrap, sink, tail": lambda: tests.test_int8_fp8_is_the_formula("wrap, sink, tail", False),
         "three parts": lambda: tests.test_int8_fp8_is_the_formula("three parts", False),
+        "record": lambda: tests.test_a_record_is_the_list_in_8_bits(9),
         "device": tests.test_int8_fp8_is_refused_before_ada,
     },
     MUTANTS,

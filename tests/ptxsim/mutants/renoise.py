@@ -33,6 +33,8 @@ MUTANTS = [
         "how.signal * x[i] + how.sigma",
         "how.sigma * x[i] + how.signal",
     ),
+    bug("value", "the record's seed ignored", FILE, "how.noise.seed = pass->seed, ", ""),
+    bug("value", "the record's unit ignored", FILE, ", how.noise.unit = pass->unit", ""),
     bug("race", "blocks that overlap", FILE, "4 * (kThreads * static_cast", "4 * (128 * static_cast"),
 ]
 SUBJECT = Subject(
@@ -40,6 +42,7 @@ SUBJECT = Subject(
     {
         "aligned": lambda: tests.test_renoise_equals_its_cpu_twin("bfloat16", 1021, 0),
         "misaligned": lambda: tests.test_renoise_equals_its_cpu_twin("float32", 1021, 1),
+        "record": tests.test_renoise_by_a_record_in_device_memory,
         "several blocks": lambda: tests.test_renoise_does_not_depend_on_the_schedule(tests.EVERY_SCHEDULE[2]),
     },
     MUTANTS,

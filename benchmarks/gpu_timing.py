@@ -1,0 +1,137 @@
+"""Medians of the CUDA kernels and of what others offer, over Wan 1.3B's shapes.
+
+Inputs rotate through several copies and the second-level cache is overwritten between calls, so that keys come from
+memory as they do between the layers of a model. A device's peak is what its tensor cores do at the clock that it runs.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from .exact import to_bf16
+from .ring_stream import DeviceMemory
+
+HEADS, DIM, FRAME_TOKENS = 12, 128, 1560
+SHAPES = [(q, kv) for q in (FRAME_TOKENS, 3 * FRAME_TOKENS) for kv in (14040, 32760)]
+COPIES, REPEATS = 3, 30
+BF16_OPERATIONS = {80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
+"""Of a multiprocessor and clock, dense, fp32 sums. NVIDIA's data sheets divided by multiprocessors and boost clock."""
+FASTER = {"int8": {"fp32": 8 / 3, "fp16": 4}}
+"""Of GeForce's sm_89 and sm_120 against bf16: int8 products four times as fast, e4m3 ones twice with fp32 sums and four
+times with fp16 ones; attention does as many of either."""
+
+Call = Callable[[], object]
+
+
+class Clock(Protocol):
+    def milliseconds(self, call: Call) -> float:
+        """Of one call, with the second-level cache overwritten before it."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    name: str
+    queries: int
+    keys: int
+    milliseconds: float | None
+    """Median; None where it is not installed or refuses, which `note` says."""
+    tflops: float | None = None
+    share_of_peak: float | None = None
+    note: str = ""
+
+
+def median(clock: Clock, calls: Sequence[Call], repeats: int) -> float:
+    """Of the calls in turn, after one round that is not counted."""
+    for call in calls:
+        call()
+    return statistics.median(clock.milliseconds(calls[i % len(calls)]) for i in range(repeats))
+
+
+def peak(capability: int, processors: int, gigahertz: float, storage: str, accumulate: str) -> float | None:
+    """TFLOP/s at that clock; None where it is not known for this kind of product."""
+    operations = BF16_OPERATIONS.get(capability)
+    if operations is None or (storage == "int8" and capability not in (89, 120)):
+        return None
+    faster = FASTER[storage][accumulate] if storage == "int8" else 1
+    return operations * faster * processors * gigahertz / 1000
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    capability: int
+    processors: int
+    gigahertz: float
+
+
+def attention_timings(
+    cuda: Any, memory: DeviceMemory, clock: Clock, card: Card, shapes: Sequence[tuple[int, int]] = tuple(SHAPES),
+    *, heads: int = HEADS, frame_tokens: int = FRAME_TOKENS, repeats: int = REPEATS,
+) -> Iterator[Timing]:  # fmt: skip
+    """Our kernels, on rings full of numbers."""
+    for queries, keys in shapes:
+        for storage, accumulate in (("bf16", "fp32"), ("int8", "fp32"), ("int8", "fp16")):
+            name = f"cfrt {storage}" + (f", {accumulate} sums" if storage == "int8" else "")
+            if refused := cuda.refusal(0, storage):
+                yield Timing(name, queries, keys, None, note=refused)
+                continue
+            calls = [
+                ring_call(cuda, memory, storage, accumulate, queries, keys, heads, frame_tokens, card.processors)
+                for _ in range(COPIES)
+            ]
+            found = median(clock, calls, repeats)
+            most = peak(card.capability, card.processors, card.gigahertz, storage, accumulate)
+            yield rated(Timing(name, queries, keys, found), heads, most)
+
+
+def rated(timing: Timing, heads: int, most: float | None) -> Timing:
+    """With its rate: 4 D floating-point operations for each query, key and head."""
+    assert timing.milliseconds is not None
+    tflops = 4 * timing.queries * timing.keys * heads * DIM / timing.milliseconds / 1e9
+    share = None if most is None else tflops / most
+    return Timing(timing.name, timing.queries, timing.keys, timing.milliseconds, tflops, share, timing.note)
+
+
+def ring_call(
+    cuda: Any, memory: DeviceMemory, storage: str, accumulate: str, queries: int, keys: int, heads: int,
+    frame_tokens: int, processors: int,
+) -> Call:  # fmt: skip
+    """An attention over whole frames of a ring, planned for the device."""
+    rng, int8 = np.random.default_rng(0), storage == "int8"
+    rows = 64 if int8 else 32
+    granules, frames = -(-frame_tokens // rows), keys // frame_tokens
+    pieces = [(i * granules, frame_tokens) for i in range(frames)]
+    splits, floats = cuda.plan(queries=queries, heads=heads, dim=DIM, pieces=pieces, processors=processors)
+    size = (frames * granules, heads, rows, DIM)
+
+    def numbers(*shape: int) -> np.ndarray:
+        if int8:
+            return rng.integers(-60, 60, shape, np.int8)  # as e4m3 they are finite too
+        return to_bf16(rng.standard_normal(shape, np.float32))
+
+    def scales(*shape: int) -> np.ndarray:
+        return np.full(shape, 1 / 60, np.float32)
+
+    q, k, v = (memory.put(numbers(*shape)) for shape in ((queries, heads, DIM), size, size))
+    out, scratch = memory.empty((queries, heads, DIM), np.uint16), memory.empty((max(floats, 1),), np.float32)
+    held = [q, k, v, out, scratch]
+    more = {}
+    if int8:
+        made = {"q_scale": scales(queries, heads), "k_scale": scales(*size[:2]), "v_scale": scales(heads, DIM)}
+        buffers = {name: memory.put(x) for name, x in made.items()}
+        more = {name: buffer.address for name, buffer in buffers.items()}
+        held += buffers.values()
+    arguments = {
+        "storage": storage, "q": q.address, "k": k.address, "v": v.address, "out": out.address,
+        "scratch": scratch.address, "q_stride": heads * DIM, "out_stride": heads * DIM, "queries": queries,
+        "heads": heads, "dim": DIM, "splits": splits, "pieces": pieces, "scale": DIM**-0.5, "accumulate": accumulate,
+        "stream": 0, **more,
+    }  # fmt: skip
+
+    def call(held: object = held) -> None:
+        cuda.attention(**arguments)
+
+    return call

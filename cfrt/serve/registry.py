@@ -1,0 +1,89 @@
+"""The streams that run, by their unguessable ids, capped in number; those that nobody wants any more are closed."""
+
+import asyncio
+from collections.abc import Iterator
+from secrets import token_hex
+
+from ..stream import Stream
+from .limits import Limits
+from .refusal import Refusal, no_such
+from .session import Make, Session
+
+SWEEP = 1.0
+"""Seconds between looks for idle streams."""
+
+
+class Registry:
+    """All sessions of a server. Used in the event loop."""
+
+    def __init__(self, make: Make, limits: Limits) -> None:
+        self.limits, self.made = limits, 0
+        self.past_sent = self.past_dropped = 0
+        self._make, self._sessions = make, dict[str, Session]()
+        self._coming = 0
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(tuple(self._sessions.values()))
+
+    def get(self, name: str) -> Session:
+        """Refusal 404 when there is none of that id, or no longer."""
+        if name not in self._sessions:
+            raise no_such("a stream", name)
+        return self._sessions[name]
+
+    async def new(self, prompt: str, seed: int, paused: bool) -> Session:
+        """A session with a stream of its own."""
+        with _Place(self):
+            stream = await asyncio.to_thread(self._make, prompt, seed=seed)
+            notes = await asyncio.to_thread(stream.read, prompt)
+        if paused:
+            stream.pause()
+            stream.step()
+        return self._admit(stream, prompt, seed, notes.notes)
+
+    async def branch(self, trunk: Session) -> Session:
+        """A session that goes on from what the trunk shows, in its own way."""
+        with _Place(self):
+            stream = await asyncio.to_thread(trunk.branch)
+        return self._admit(stream, trunk.prompt, trunk.seed, trunk.notes)
+
+    async def remove(self, session: Session) -> None:
+        if self._sessions.pop(session.id, None) is not None:
+            await session.close()
+            self.past_sent += session.broadcast.sent
+            self.past_dropped += session.broadcast.dropped
+
+    async def sweep(self) -> None:
+        """Closes what has been idle for too long, for ever; run as a task."""
+        while True:
+            await asyncio.sleep(SWEEP)
+            for session in self:
+                if session.idle > self.limits.idle_seconds:
+                    await self.remove(session)
+
+    async def close(self) -> None:
+        for session in self:
+            await self.remove(session)
+
+    def _admit(self, stream: Stream, prompt: str, seed: int, notes: list[str]) -> Session:
+        session = Session(token_hex(16), self._make, self.limits, stream, prompt, seed, notes)
+        self._sessions[session.id] = session
+        self.made += 1
+        return session
+
+
+class _Place:
+    """A place for a stream that is being made, so that many at once do not exceed the cap."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def __enter__(self) -> None:
+        registry, most = self._registry, self._registry.limits.streams
+        if len(registry._sessions) + registry._coming >= most:
+            do = "close one (DELETE /streams/{id}), watch one that runs, or wait"
+            raise Refusal(503, expected=f"at most {most} streams at the same time", got="one more", do=do)
+        registry._coming += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._registry._coming -= 1

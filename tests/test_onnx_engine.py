@@ -1,0 +1,129 @@
+"""The onnx engine: exported graphs with the host's ring between them, against the torch engine in fp64; and streams of
+a bundle."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundle_fixture import onnx_engine
+from student_fixture import random_weights, small_config
+
+import cfrt
+from cfrt.bundle import Bundle
+from cfrt.engines import Spec, choose
+from cfrt.engines.torch import TorchEngine
+from cfrt.errors import BundleError, EngineError
+from cfrt.flow import renoise, sigmas
+from export.onnx import main
+
+pytestmark = pytest.mark.cpu
+
+PROMPT = "a large red circle moving left"
+GEOMETRIES = [
+    {"unit": 1, "window": 4},
+    {"unit": 3, "window": 7, "sinks": 2},  # a window that is no multiple of the unit; sinks at their trained distance
+    {"unit": 1, "window": 2, "sinks": 2, "sink_position": "absolute"},
+    {"depth": 1, "width": 32, "latent_grid": (2, 6), "patch": (1, 1, 2)},
+    {"heads": 1, "depth": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded student, as anybody would export it."""
+    out = tmp_path_factory.mktemp("export") / "bundle"
+    assert main(["--model", "tiny", "--out", str(out), "--precision", "bf16"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_the_chain_is_as_exact_as_pytorch_in_fp32(geometry: dict) -> None:
+    """Theorem 6, through wrap and sinks: error at most twice that of PyTorch in fp32, both against fp64. Every unit is
+    denoised from the latents that fp64 has committed, so that errors of earlier samples do not add up."""
+    config = small_config(**geometry)
+    spec = Spec(config=config, weights=random_weights(config), seed=5)
+    truth, peer, engine = TorchEngine(), TorchEngine(), onnx_engine(config)
+    for torch_engine, precision in ((truth, "fp64"), (peer, "fp32")):
+        torch_engine.prepare(Spec(**{**vars(spec), "precision": precision}))
+    rows = np.random.default_rng(1).standard_normal((4, 16)).astype(np.float32)
+    for each in (truth, peer, engine):
+        each.set_text(rows)
+    errors = {"onnx": 0.0, "torch": 0.0}
+    for unit in range(2 * (config.window + config.sinks) // config.unit + 2):
+        x = truth.noise(unit, 0)
+        for step, s in enumerate(sigmas(config.unit_steps(unit), config.shift)):
+            x = renoise(x, truth.noise(unit, step), s) if step else x
+            clean = truth.denoise(x, 1000 * s, unit)
+            scale = clean.norm()
+            errors["torch"] += float((peer.denoise(x.float(), 1000 * s, unit) - clean).norm() / scale) ** 2
+            found = engine.denoise(x.float().numpy(), 1000 * s, unit)
+            errors["onnx"] += float(np.linalg.norm(found - clean.numpy()) / scale) ** 2
+            x = clean
+        pixels = engine.decode(x.float().numpy()).astype(int)
+        assert np.abs(pixels - truth.decode(x)).max() <= 1
+        truth.commit(x, unit)
+        peer.commit(x.float(), unit)
+        engine.commit(x.float().numpy(), unit)
+    assert errors["onnx"] ** 0.5 <= 2 * errors["torch"] ** 0.5 < 1e-4
+
+
+def test_a_bundle_streams(bundle: Path) -> None:
+    """By its folder's name alone, and close to the student that it was made of, whose weights it rounds to bf16."""
+    with cfrt.Stream(PROMPT, model=bundle, seed=7, fps="max") as stream:
+        assert (stream.engine, stream.precision) == ("onnx", "fp32")
+        made = [frame.pixels for frame in stream.frames(n=9)]
+        change = stream.prompt("a small blue square moving up")
+        following = [frame.prompt for frame in islice(stream.frames(), 8)]
+    assert change.unit == 3
+    assert following[-1] == "a small blue square moving up"
+    with cfrt.Stream(PROMPT, model="tiny", engine="torch", seed=7, fps="max") as stream:
+        expected = [frame.pixels for frame in stream.frames(n=9)]
+    difference = np.abs(np.stack(made).astype(int) - np.stack(expected))
+    assert difference.mean() < 2, "in levels of 255"
+
+
+def test_the_same_seed_gives_the_same_bytes(bundle: Path) -> None:
+    def frames() -> np.ndarray:
+        with cfrt.Stream(PROMPT, model=bundle, seed=1, fps="max") as stream:
+            return np.stack([frame.pixels for frame in stream.frames(n=13)])
+
+    np.testing.assert_array_equal(frames(), frames())
+
+
+def test_a_stream_of_a_bundle_can_start_from_a_picture(bundle: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    pictures = []
+    for model, engine in ((bundle, "auto"), ("tiny", "torch")):
+        with cfrt.Stream(PROMPT, model=model, engine=engine, image=image, fps="max") as stream:
+            pictures.append(next(iter(stream.frames(n=1))).pixels.astype(int))
+    assert np.abs(pictures[0] - pictures[1]).mean() < 2
+
+
+def test_engines_of_bundles_and_of_models_refuse_each_other(bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"onnx: it runs exported bundles: .*export"):
+        cfrt.Stream(PROMPT, model="tiny", engine="onnx")
+    with pytest.raises(EngineError, match=r"native: .*exported bundle.*these can: onnx"):
+        cfrt.Stream(PROMPT, model=bundle, engine="native")
+
+
+def test_what_it_cannot_do_is_refused_before_anything_is_loaded(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    spec = {"config": opened.manifest.config, "weights": {}, "bundle": opened}
+    for changes, words in (({"device": "cuda"}, "on cpu"), ({"precision": "bf16"}, "fp32"), ({"tile": 4}, "tiles")):
+        with pytest.raises(EngineError, match=words):
+            choose("onnx", Spec(**spec, **changes))
+
+
+def test_a_tampered_graph_is_an_error_before_it_runs(bundle: Path, tmp_path: Path) -> None:
+    """One flipped bit in the middle of a weight, found by its hash."""
+    for path in bundle.rglob("*"):
+        if path.is_file():
+            (tmp_path / path.relative_to(bundle)).parent.mkdir(exist_ok=True)
+            (tmp_path / path.relative_to(bundle)).write_bytes(path.read_bytes())
+    graph = tmp_path / "segments" / "mid_1.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(BundleError, match=r"mid_1.onnx was changed .* expected sha256"):
+        cfrt.Stream(PROMPT, model=tmp_path)

@@ -1,0 +1,72 @@
+"""Fill docs/serve.md from benchmarks/results/serve.json, which `python -m benchmarks.bench_serve --json` keeps.
+
+Nothing between the markers is written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from readme import fill
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "serve.json"
+PAGE = ROOT / "docs" / "serve.md"
+
+Row = Mapping[str, Any]
+
+
+def section(kept: Row) -> str:
+    """Both tables and what they must be read with."""
+    machine = kept["machine"]
+    isa = ", ".join(machine["isa"])
+    where = (
+        f"Measured {kept['date']} on {machine['cpu']}, {machine['cores']} cores ({isa}), by "
+        f"`benchmarks/bench_serve.py`: model {kept['model']}, {kept['engine']} engine, {kept['precision']} precision, "
+        f"2 steps, window 8, 64 x 64 at {kept['fps']} fps, decoding included; server, viewers and browser on the same "
+        f"machine."
+    )
+    return "\n\n".join((where, viewers(kept), browser(kept)))
+
+
+def viewers(kept: Row) -> str:
+    lines = [
+        "| viewers of one stream, by | the server adds to a frame, p50 / p99 (ms) | cores used by the whole server | "
+        "least fps of any viewer | viewers per core |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, rows in kept["viewers"].items():
+        last = rows[-1]
+        cells = (
+            f"{last['viewers']:.0f} x {kind}",
+            f"{last['overhead_p50_ms']:.2f} / {last['overhead_p99_ms']:.2f}",
+            f"{last['cores']:.2f}",
+            f"{last['least frames per second']:.1f}",
+            f"{kept['viewers per core'][kind]:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "What the server adds: from the moment the stream hands out a frame until it lies in every viewer's buffer, "
+        "JPEG included. Viewers per core: from what each further viewer takes, the stream's own work left out."
+    )
+    return "\n".join((*lines, "", note))
+
+
+def browser(kept: Row) -> str:
+    ways = list(kept["browser"])
+    lines = [f"| in headless Chromium, p50 / p95 (ms) | {' | '.join(ways)} |", "| --- | " + "---: | " * len(ways)]
+    for what in kept["browser"][ways[0]]:
+        cells = (f"{kept['browser'][way][what]['p50']:.0f} / {kept['browser'][way][what]['p95']:.0f}" for way in ways)
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), "serve", section(kept)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

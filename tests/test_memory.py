@@ -6,6 +6,7 @@ from types import MethodType
 import numpy as np
 import pytest
 import torch
+from training_fixture import small
 from wan_fixture import wan_config, wan_weights
 
 from cfrt import memory
@@ -159,6 +160,45 @@ def test_a_guided_teacher_has_two_rings():
     once, twice = (memory.stream(memory.Setup(config=FULL, guided=guided)) for guided in (False, True))
     rings = [next(part.bytes for part in account.parts if "ring" in part.name) for account in (once, twice)]
     assert rings[1] == 2 * rings[0]
+
+
+def test_what_a_training_keeps():
+    """Asymmetric DMD after one step of the student and its critic: weights, gradients, moments, average, byte for byte;
+    the frozen score is kept in bf16 at full size, and in fp32 here."""
+    from functools import partial
+
+    from training import data, dmd, loop
+    from training.network import Network
+
+    config = small()
+    stage = dmd.Stage(
+        dmd.Config(steps=2, batch=2, critic_warmup=0, critic_updates=1),
+        config,
+        partial(data.prompts, config=data.Config(units=config.trained_frames)),
+        Network(config),
+        Network(config),
+    )
+    average, optimisers = loop.Average(stage.student, 0.9), stage.optimisers()
+    loop.take(stage, optimisers, 0, seed=0)
+    trained = [parameter for network in stage.networks.values() for parameter in network.parameters()]
+    moments = [
+        value
+        for group in optimisers.values()
+        for optimiser in group.values()
+        for state in optimiser.state.values()
+        for key, value in state.items()
+        if key != "step"
+    ]
+    gradients = [parameter.grad for parameter in trained]
+    assert all(gradient is not None for gradient in gradients)
+    kept = bytes_of([*trained, *gradients, *moments, *average.weights.values(), *stage.frozen["real"].parameters()])
+    table = 4 * (1 + max(config.text.vocab.values())) * config.text.width  # of words, which is trained as well
+    account = memory.training(config, real=config)
+    assert kept == account.total + 2 * memory.parameters(config) + table * (4 + 4 + 1 + 1)
+
+
+def bytes_of(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def test_training_is_shared_out():

@@ -29,6 +29,9 @@ from .worker import State
 
 FORMAT, VERSION = "cfrt-snapshot", 1
 
+BUNDLE = "bundle "
+"""Before the fingerprint of what a bundle holds beside its graphs: it says nothing about the model's own weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -49,7 +52,9 @@ class Origin:
 
     def differences(self, other: "Origin", *, portable: bool) -> list[str]:
         """The names of what is not the same."""
-        asked = self.COMMON if portable else [field.name for field in fields(self)]
+        asked = self.COMMON if portable else tuple(field.name for field in fields(self))
+        if self.weights.startswith(BUNDLE) != other.weights.startswith(BUNDLE):
+            asked = tuple(name for name in asked if name != "weights")
         return [name for name in asked if getattr(self, name) != getattr(other, name)]
 
     def say(self, name: str) -> str:

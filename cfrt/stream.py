@@ -32,7 +32,7 @@ from .errors import CfrtError, EngineError, SnapshotError
 from .frame import Frame
 from .journal import Journal, evicted_bytes
 from .maker import Maker
-from .snapshot import Origin, Snapshot, in_fp32
+from .snapshot import BUNDLE, Origin, Snapshot, in_fp32
 from .stats import Meters, Stats
 from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
@@ -390,7 +390,7 @@ class Stream:
         return Origin(
             model=self.config.name,
             config=json.dumps(self.config.to_dict(), sort_keys=True),
-            weights=fingerprint(self._spec.weights),
+            weights=(BUNDLE if self._spec.bundle is not None else "") + fingerprint(self._spec.weights),
             decoder=self._spec.decoder,
             tile=self._spec.tile,
             engine=self.engine,

@@ -137,6 +137,27 @@ def test_a_bundle_streams(bundle: Path) -> None:
     assert difference.mean() < 2, "in levels of 255"
 
 
+def test_a_bundles_stream_goes_back_branches_and_goes_on_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    def pixels(stream: cfrt.Stream, count: int) -> np.ndarray:
+        return np.stack([frame.pixels for frame in stream.frames(count)]).astype(int)
+
+    with (
+        cfrt.Stream(PROMPT, model=bundle, seed=7, fps="max") as stream,
+        cfrt.Stream(PROMPT, engine="native", precision="fp32", threads=1, fps="max") as native,
+    ):
+        first = pixels(stream, 21)
+        cut = stream.config.first_frame(stream.rewind(3))
+        np.testing.assert_array_equal(pixels(stream, 21 - cut), first[cut:])
+        stream.snapshot(portable=True).save(tmp_path / "snapshot")
+        native.restore(cfrt.Snapshot.load(tmp_path / "snapshot"))
+        with stream.branch() as twin:
+            expected = pixels(twin, 12)
+        np.testing.assert_array_equal(pixels(stream, 12), expected)
+        assert np.abs(pixels(native, 12) - expected).mean() < 1, "in levels of 255"
+        stream.restore(native.snapshot(portable=True))
+        assert np.abs(pixels(stream, 8) - pixels(native, 8)).mean() < 1
+
+
 def test_the_same_seed_gives_the_same_bytes(bundle: Path) -> None:
     def frames() -> np.ndarray:
         with cfrt.Stream(PROMPT, model=bundle, seed=1, fps="max") as stream:

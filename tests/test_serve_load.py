@@ -3,7 +3,9 @@
 import asyncio
 import json
 import random
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from serve_fixture import OTHER, PROMPT, process
 from websockets.asyncio.client import connect
 
+from cfrt import Stream
 from cfrt.serve.client import Client, RemoteStream
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
@@ -112,3 +115,21 @@ def gone(stream: RemoteStream) -> dict[str, Any]:
         if state["viewers"] == 0:
             return state
     raise AssertionError(f"{state['viewers']} viewers have not left")
+
+
+def test_streams_that_want_more_than_there_is_get_equal_shares() -> None:
+    """Each stream has an engine in a thread of its own; what shares the cores among them is the operating system."""
+    streams = [Stream(PROMPT, seed=seed, threads=1, fps=5000.0) for seed in range(STREAMS)]
+    end = time.monotonic() + 3
+    frames = [0] * STREAMS
+
+    def consume(number: int) -> None:
+        for _ in streams[number].frames():
+            frames[number] += 1
+            if time.monotonic() > end:
+                return
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(consume, range(STREAMS)))
+    assert min(frames) > 100
+    assert min(frames) >= 0.7 * max(frames), frames

@@ -35,7 +35,7 @@ from cfrt.serve.limits import Bucket, Limits
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
 ROOT = Path(__file__).parents[1]
-GENEROUS = Limits(creations_per_minute=6000, messages_per_second=1000)
+GENEROUS = Limits(streams=64, creations_per_minute=6000, messages_per_second=1000)
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +403,16 @@ def test_streams_are_counted() -> None:
         assert served.http.post(f"/streams/{first}/branch").status_code == 503
         served.http.delete(f"/streams/{first}")
         served.new()
+
+
+def test_a_forgotten_stream_makes_room_and_a_watched_one_does_not() -> None:
+    with running(limits=Limits(streams=2, spare_seconds=0.2)) as served:
+        watched, forgotten = served.new(), served.new()
+        with served.live(watched) as socket:
+            socket.recv(timeout=10)
+            eventually(lambda: served.http.post("/streams", json={"prompt": PROMPT}).status_code == 201)
+            assert served.http.get(f"/streams/{forgotten}").status_code == 404
+            assert served.http.get(f"/streams/{watched}").status_code == 200
 
 
 def test_viewers_are_counted(client: Client) -> None:

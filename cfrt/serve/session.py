@@ -223,6 +223,7 @@ class Session:
         self._reads(prompt)
         if paused:
             self._stream.pause()
+            self._stream.step()  # shows its first picture
         self._play(self._stream)
         self._nudge()
         old.close()

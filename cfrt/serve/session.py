@@ -224,6 +224,7 @@ class Session:
         if paused:
             self._stream.pause()
             self._stream.step()  # shows its first picture
+        self._loop.call_soon_threadsafe(self.broadcast.forget)
         self._play(self._stream)
         self._nudge()
         old.close()

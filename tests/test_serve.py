@@ -35,7 +35,7 @@ from cfrt.serve.limits import Bucket, Limits
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
 ROOT = Path(__file__).parents[1]
-GENEROUS = Limits(creations_per_minute=6000, messages_per_second=1000)
+GENEROUS = Limits(streams=64, creations_per_minute=6000, messages_per_second=1000)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,8 @@ def test_a_viewer_may_leave_while_his_frame_is_encoded() -> None:
             pieces = [pool.submit(film.add, pixels, tick) for tick in range(1, 6)]
             pieces[0].result()
             film.finish()
-        assert pieces[-1].result() == b""
+        assert all(piece.exception() is None for piece in pieces)
+        assert film.add(pixels, 6) == b""
 
 
 def test_a_recording_is_what_was_shown(served: Served, name: str) -> None:
@@ -403,6 +404,16 @@ def test_streams_are_counted() -> None:
         assert served.http.post(f"/streams/{first}/branch").status_code == 503
         served.http.delete(f"/streams/{first}")
         served.new()
+
+
+def test_a_forgotten_stream_makes_room_and_a_watched_one_does_not() -> None:
+    with running(limits=Limits(streams=2, spare_seconds=0.2)) as served:
+        watched, forgotten = served.new(), served.new()
+        with served.live(watched) as socket:
+            socket.recv(timeout=10)
+            eventually(lambda: served.http.post("/streams", json={"prompt": PROMPT}).status_code == 201)
+            assert served.http.get(f"/streams/{forgotten}").status_code == 404
+            assert served.http.get(f"/streams/{watched}").status_code == 200
 
 
 def test_viewers_are_counted(client: Client) -> None:

@@ -19,7 +19,7 @@ from cfrt.serve.limits import Limits
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
-GENEROUS = Limits(creations_per_minute=6000, messages_per_second=1000)
+GENEROUS = Limits(streams=64, creations_per_minute=6000, messages_per_second=1000)
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -240,6 +240,8 @@ def test_a_picture_starts_a_stream(open_page: Open) -> None:
     page = open_page()
     green = np.zeros((40, 90, 3), dtype=np.uint8)
     green[..., 1] = 190
+    page.click("#pause")
+    eventually(page, lambda: page.get_attribute("#pause", "aria-pressed") == "true")
     page.set_input_files("#file", {"name": "green.png", "mimeType": "image/png", "buffer": png(green)})
     eventually(page, lambda: colour(page) == "green")
 

@@ -44,6 +44,10 @@ class Viewer:
         self._shots.append(shot)
         self._wake.set()
 
+    def forget(self) -> None:
+        """What waits is not to be shown any more."""
+        self._shots.clear()
+
     def tell(self) -> None:
         """The state of the stream has changed."""
         self._news = True
@@ -85,6 +89,12 @@ class Broadcast:
         self.last = shot
         for viewer in self.viewers:
             viewer.push(shot)
+
+    def forget(self) -> None:
+        """What was shown is no longer the stream's past: it has been started anew."""
+        self.last = None
+        for viewer in self.viewers:
+            viewer.forget()
 
     def tell(self) -> None:
         for viewer in self.viewers:

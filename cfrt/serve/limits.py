@@ -29,6 +29,9 @@ class Limits:
     """Length of a recording; it stops there."""
     idle_seconds: float = 600.0
     """A stream that nobody watched or asked about for so long is closed."""
+    spare_seconds: float = 20.0
+    """When there are as many streams as there may be, the one that nobody has watched for longest makes room for a new
+    one, if it has been that long: a closed tab must not keep others out, and a reload must not lose a stream."""
     creations_per_minute: float = 30.0
     """New streams (branches and restarts included) from one address."""
     messages_per_second: float = 40.0

@@ -1,7 +1,8 @@
 """The streams that run, by their unguessable ids, capped in number; those that nobody wants any more are closed."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from secrets import token_hex
 
 from ..stream import Stream
@@ -33,7 +34,7 @@ class Registry:
 
     async def new(self, prompt: str, seed: int, paused: bool) -> Session:
         """A session with a stream of its own."""
-        with _Place(self):
+        async with self._place():
             stream = await asyncio.to_thread(self._make, prompt, seed=seed)
             notes = await asyncio.to_thread(stream.read, prompt)
         if paused:
@@ -43,7 +44,7 @@ class Registry:
 
     async def branch(self, trunk: Session) -> Session:
         """A session that goes on from what the trunk shows, in its own way."""
-        with _Place(self):
+        async with self._place(but=trunk):
             stream = await asyncio.to_thread(trunk.branch)
         return self._admit(stream, trunk.prompt, trunk.seed, trunk.notes)
 
@@ -65,25 +66,24 @@ class Registry:
         for session in self:
             await self.remove(session)
 
+    @asynccontextmanager
+    async def _place(self, but: Session | None = None) -> AsyncIterator[None]:
+        """A place for a stream that is being made; held meanwhile, so that many at once do not exceed the cap."""
+        most = self.limits.streams
+        if len(self._sessions) + self._coming >= most:
+            idlest = max((one for one in self if one is not but), key=lambda session: session.idle, default=None)
+            if idlest is None or idlest.idle < self.limits.spare_seconds:
+                do = "close one (DELETE /streams/{id}), watch one that runs, or wait"
+                raise Refusal(503, expected=f"at most {most} streams at the same time", got="one more", do=do)
+            await self.remove(idlest)
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+
     def _admit(self, stream: Stream, prompt: str, seed: int, notes: list[str]) -> Session:
         session = Session(token_hex(16), self._make, self.limits, stream, prompt, seed, notes)
         self._sessions[session.id] = session
         self.made += 1
         return session
-
-
-class _Place:
-    """A place for a stream that is being made, so that many at once do not exceed the cap."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-
-    def __enter__(self) -> None:
-        registry, most = self._registry, self._registry.limits.streams
-        if len(registry._sessions) + registry._coming >= most:
-            do = "close one (DELETE /streams/{id}), watch one that runs, or wait"
-            raise Refusal(503, expected=f"at most {most} streams at the same time", got="one more", do=do)
-        registry._coming += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._registry._coming -= 1

@@ -223,6 +223,8 @@ class Session:
         self._reads(prompt)
         if paused:
             self._stream.pause()
+            self._stream.step()  # shows its first picture
+        self._loop.call_soon_threadsafe(self.broadcast.forget)
         self._play(self._stream)
         self._nudge()
         old.close()

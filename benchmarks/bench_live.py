@@ -81,7 +81,7 @@ def test_rewind(benchmark: BenchmarkFixture, stream: cfrt.Stream, units: int) ->
     """The call alone; the frames behind it cost what frames cost."""
     benchmark.pedantic(lambda: stream.rewind(units), setup=lambda: advance(stream, units), rounds=20)
     per_unit = stream.stats.journal_bytes / (stream.unit + 1)
-    sheet(benchmark, f"rewind by {units} units", {"journal (bytes a unit)": per_unit})
+    sheet(benchmark, f"rewind by {units} unit{'s' if units > 1 else ''}", {"journal (bytes a unit)": per_unit})
 
 
 def test_branch(benchmark: BenchmarkFixture, stream: cfrt.Stream) -> None:
@@ -138,4 +138,5 @@ def test_the_hook_for_traces(benchmark: BenchmarkFixture) -> None:
             pass
 
     benchmark(stage)
-    sheet(benchmark, "trace", {f"{name} (ms a unit)": 1000 * float(np.median(times)) for name, times in units.items()})
+    title = "one stage under the hook that does nothing; a unit with a trace and without"
+    sheet(benchmark, title, {f"{name} (ms a unit)": 1000 * float(np.median(times)) for name, times in units.items()})

@@ -64,7 +64,7 @@ def continuation(config: ModelConfig, image: np.ndarray | None, prefix: np.ndarr
         if config.unit != 1:
             raise EngineError(
                 f"only a frame-wise model can start from a picture; {config.name!r} makes units of {config.unit} "
-                f"latent frames"
+                f"latent frames, so give it a film of {config.first_frame(1)} pictures or more as prefix"
             )
         if not isinstance(image, np.ndarray) or image.shape != (height, width, 3) or image.dtype != np.uint8:
             got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__

@@ -6,7 +6,8 @@ when a file is opened.
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,12 +106,27 @@ OTHER = ("autoencoder.", "taehv.", "text.")
 """What a model folder of ours holds beside the DiT."""
 
 
-def _open_safetensors(path: Path, other: tuple[str, ...] = OTHER) -> dict[str, Source]:
+def _open_safetensors(path: Path) -> dict[str, Source]:
+    with _safetensors(path) as file:
+        names = [name for name in file.keys() if not name.startswith(OTHER)]  # noqa: SIM118
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return {name: Source(shape, partial(_one_of, path, name)) for name, shape in shapes.items()}
+
+
+def _one_of(path: Path, name: str) -> "Tensor":
+    """Through a mapping of its own, which goes with the tensor: what was read of a long-lived one would stay in
+    memory."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
     _torch()
     try:
-        file = safe_open(path, framework="pt")
-        names = [name for name in file.keys() if not name.startswith(other)]  # noqa: SIM118
-        return {name: Source(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)) for name in names}
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again") from error
 
@@ -140,7 +156,8 @@ def read_torch(path: Path) -> Any:
     if not path.is_file():
         raise WeightsError(f"expected a checkpoint at {path}, found no such file")
     if path.suffix == ".safetensors":
-        return {name: source.read() for name, source in _open_safetensors(path, other=()).items()}
+        with _safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .frame import Frame
     from .stats import Stats
     from .stream import Stream
+    from .text import Text
     from .trace import Trace
 
 LONGEST_FILM = 3600.0
@@ -81,6 +82,10 @@ class Generate:
     """rolling denoises several units together, for models that were trained so. Default: the model's own."""
     reference_compat: bool = False
     """Noise and sinks exactly as in the released inference code: one clip, no changes of prompt."""
+    text_precision: Literal["bf16", "int8", "fp32"] | None = None
+    """Of umT5, which reads the prompts of the official models: int8 needs half of bf16's memory. Default: bf16."""
+    text_device: str | None = None
+    """Where umT5 runs. Default: cpu."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
     device: str = "auto"
@@ -151,7 +156,7 @@ class Generate:
         from .weights import read_config
 
         config = None
-        if self.image is not None or self.prefix is not None:
+        if any(x is not None for x in (self.image, self.prefix, self.text_precision, self.text_device)):
             config = read_config(students.find(self.model))
         return Stream(
             self.prompt,
@@ -164,6 +169,7 @@ class Generate:
             fps="max",
             image=None if config is None else self._picture(config),
             prefix=None if config is None else self._film(config),
+            text=None if config is None else self._text(config),
             guidance=self.guidance,
             negative=self.negative,
             decoder=self.decoder,
@@ -173,6 +179,20 @@ class Generate:
             trace=trace,
             journal_bytes=0,  # a film is not gone back in
         )
+
+    def _text(self, config: "ModelConfig") -> "Text | None":
+        """umT5 as it was asked for; None leaves it to the stream."""
+        from . import students
+        from .text import encoder
+
+        if self.text_precision is None and self.text_device is None:
+            return None
+        if config.text.kind != "umt5":
+            raise UsageError(
+                f"{config.name!r} reads through its own table; leave --text-precision and --text-device out"
+            )
+        device, precision = self.text_device or "cpu", self.text_precision or "bf16"
+        return encoder(config, {}, students.find(self.model), device=device, precision=precision)
 
     def _picture(self, config: "ModelConfig") -> "np.ndarray | None":
         from .video import read_picture

@@ -188,6 +188,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """Numbers in one head."""
         return self.width // self.heads
 
     @property

@@ -37,9 +37,13 @@ BT709 = 1
 class Encoder(Protocol):
     """Takes pictures one by one and leaves a complete file."""
 
-    def add(self, picture: Picture) -> None: ...
+    def add(self, picture: Picture) -> None:
+        """The next picture; all have the size of the first."""
+        ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Writes what is still on its way; the file is complete."""
+        ...
 
     def abandon(self) -> None:
         """Lets go of the file, which will be deleted."""

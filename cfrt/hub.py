@@ -18,6 +18,11 @@ from .official import AUTOENCODER, OFFICIAL, TAEHV, TEXT_ENCODER, TOKENIZER, Fil
 BLOCK = 1 << 20
 INSTALL = "pip install 'cfrt[wan]'"
 
+
+class Unreachable(WeightsError):
+    """The hub does not answer, so no other file of it needs to be asked for."""
+
+
 Progress = Callable[[int], None]
 
 
@@ -63,9 +68,13 @@ def missing(files: Iterable[File]) -> list[File]:
 
 
 def instructions(files: Iterable[File]) -> str:
-    """Which files to put where, a line each."""
-    lines = [f"{file.address} ({file.gigabytes:g} GB)\n    -> {place(file)}" for file in files]
-    return "\n".join(lines)
+    """Which files to put where: for each its size and address, and on the next line its place."""
+    return "\n".join(f"{file.gigabytes:6.2f} GB  {file.address}\n       to  {place(file)}" for file in files)
+
+
+def offline() -> bool:
+    """Has the user forbidden the network?"""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def fetch(file: File, progress: Progress = lambda _: None) -> Path:
@@ -75,7 +84,7 @@ def fetch(file: File, progress: Progress = lambda _: None) -> Path:
     found = locate(file)
     if found is not None:
         return found
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if offline():
         raise WeightsError(f"HF_HUB_OFFLINE is set and this is not here:\n{instructions([file])}")
     if "://" in file.repository:
         return _download(f"{file.repository}/{file.path}", place(file), file, progress)
@@ -84,27 +93,31 @@ def fetch(file: File, progress: Progress = lambda _: None) -> Path:
         raise WeightsError(f"fetching needs huggingface_hub ({INSTALL}), or by hand:\n{instructions([file])}")
     fetched = _from_hub(hub, file, local_files_only=False)
     if fetched is None:
-        raise WeightsError(f"the hub cannot be reached; by hand:\n{instructions([file])}")
+        raise WeightsError(f"the hub does not give {file.path} of {file.repository}; by hand:\n{instructions([file])}")
     return fetched
 
 
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError:
         return None
     return huggingface_hub
 
 
 def _from_hub(hub: Any, file: File, *, local_files_only: bool) -> Path | None:
-    """Through huggingface_hub, which shows progress, resumes and checks hashes itself; None when it cannot."""
+    """Through huggingface_hub, which shows progress, resumes and checks hashes itself; None when it cannot, Unreachable
+    when it gets no answer."""
     try:
         if "*" not in file.path:
             return Path(hub.hf_hub_download(file.repository, file.path, local_files_only=local_files_only))
         folder = Path(
             hub.snapshot_download(file.repository, allow_patterns=[file.path], local_files_only=local_files_only)
         )
-    except (OSError, ValueError, hub.errors.HfHubHTTPError):  # offline, not cached, no such file, no permission
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:  # not cached, no such file, no permission
+        if isinstance(error, hub.errors.LocalEntryNotFoundError) and not local_files_only:
+            raise Unreachable(f"the hub cannot be reached; by hand:\n{instructions([file])}") from error
         return None
     found = sorted(folder.glob(file.path))
     return found[0].parent if found else None

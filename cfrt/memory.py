@@ -8,6 +8,7 @@ Legend: L layers, d width, N tokens a frame, F W K frames of unit, window and si
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 from . import shapes
@@ -15,8 +16,6 @@ from .config import AutoencoderConfig, ModelConfig
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 DECODERS = ("wan", "taehv", "tiny")
-UMT5_XXL = 5_680_910_336
-"""Parameters of the text encoder: 24 layers of width 4096, 64 heads of 64, feed-forward 10240, 256,384 words."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,14 @@ class Account:
     """The parts on one device, and what would make them smaller."""
 
     parts: tuple[Part, ...]
+    host: tuple[Part, ...] = ()
+    """What is in the host's memory beside them."""
     remedies: tuple[Part, ...] = ()
     """A change, and the bytes that it saves."""
 
     @property
     def total(self) -> int:
+        """Bytes of all parts on the device."""
         return sum(part.bytes for part in self.parts)
 
     def enough(self, budget: int) -> tuple[Part, ...]:
@@ -62,6 +64,8 @@ class Setup:
     decoder: str = "wan"
     text: str = "cpu"
     """Where the text encoder is: "cpu" or "gpu"."""
+    text_precision: str = "bf16"
+    """What it is kept in: "bf16", "int8" or "fp32"."""
     guided: bool = False
     """Teachers: a second ring and a second text for the negative prompt."""
 
@@ -75,7 +79,13 @@ def stream(setup: Setup) -> Account:
         for name, changed in _changes(setup)
         if (saved := total - sum(part.bytes for part in _stream_parts(changed))) > 0
     ]
-    return Account(parts=tuple(parts), remedies=tuple(remedies))
+    return Account(parts=tuple(parts), host=_host_parts(setup), remedies=tuple(remedies))
+
+
+def _host_parts(setup: Setup) -> tuple[Part, ...]:
+    if setup.config.text.kind != "umt5" or setup.text != "cpu":
+        return ()
+    return (Part(f"umT5-xxl text encoder in {setup.text_precision}", text_encoder(setup.text_precision)),)
 
 
 def _changes(setup: Setup) -> list[tuple[str, Setup]]:
@@ -97,20 +107,26 @@ def _changes(setup: Setup) -> list[tuple[str, Setup]]:
 def _stream_parts(setup: Setup) -> list[Part]:
     config, size = setup.config, BYTES[setup.precision]
     branches = 2 if setup.guided else 1
-    weights, state = decoder(config.autoencoder, config.latent_grid, setup.decoder)
+    kind = config.autoencoder.kind
+    _, state = decoder(config.autoencoder, config.latent_grid, setup.decoder)
     parts = [
         Part("transformer weights", size * parameters(config)),
         Part(f"KV ring of {config.geometry.capacity} latent frames", branches * size * ring(config)),
         Part("keys and values of the text", branches * size * text_kv(config)),
-        Part(f"{setup.decoder} decoder weights", size * weights),
-        Part("decoder state", size * state),
+        Part(f"{kind} autoencoder weights", size * autoencoder(config.autoencoder)),
     ]
+    if setup.decoder != kind:
+        weights, _ = decoder(config.autoencoder, config.latent_grid, setup.decoder)
+        parts.append(Part(f"{setup.decoder} decoder weights", size * weights))
+    third = state if config.unit > 1 and kind != "tiny" else 0  # large latent frames are decoded one by one
+    parts.append(Part("decoder state, and the one before it to go back to", 2 * size * state))
     if config.text.kind == "umt5" and setup.text == "gpu":
-        parts.append(Part("umT5-xxl text encoder", BYTES["bf16"] * UMT5_XXL))
+        name = f"umT5-xxl text encoder in {setup.text_precision}"
+        parts.append(Part(name, text_encoder(setup.text_precision)))
     return [
         *parts,
         Part("workspace of a pass", branches * size * workspace(config), exact=False),
-        Part("workspace of the decoder", size * decoder_workspace(config, setup.decoder), exact=False),
+        Part("workspace of the decoder", size * (decoder_workspace(config, setup.decoder) + third), exact=False),
     ]
 
 
@@ -130,15 +146,64 @@ def text_kv(config: ModelConfig) -> int:
 
 
 def workspace(config: ModelConfig) -> int:
-    """Numbers alive at once in a pass over a unit, at most: of each of its F N tokens the residual, a normed copy, q,
-    k, v and their rotations (8 d), or the residual, the norm and both sides of the activation (2 d + 2 f); and the
-    window's keys and values where a backend wants them side by side."""
-    tokens = config.unit * config.frame_tokens
+    """Numbers alive at once in a pass over a unit, or the units of a rolling window, at most: of each of their tokens
+    the residual, a normed copy, q, k, v and their rotations (8 d), or the residual, the norm and both sides of the
+    activation (2 d + 2 f); and what they see, where a backend wants keys and values side by side."""
+    tokens = config.joint_units * config.unit * config.frame_tokens
     seen = config.geometry.capacity * config.frame_tokens
     return tokens * max(8 * config.width, 2 * config.width + 2 * config.ffn) + 2 * seen * config.width
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextSizes:
+    """What the memory of an encoder of umT5's kind follows from; the released one's sizes."""
+
+    layers: int = 24
+    width: int = 4096
+    inner: int = 4096
+    """Numbers of all heads."""
+    ffn: int = 10240
+    heads: int = 64
+    words: int = 256_384
+    buckets: int = 32
+
+    @property
+    def maps(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of a layer's linear maps: q, k, v, o; the two gates; the way back."""
+        attention = (*[(self.inner, self.width)] * 3, (self.width, self.inner))
+        return (*attention, *[(self.ffn, self.width)] * 2, (self.width, self.ffn))
+
+    @property
+    def rest(self) -> int:
+        """Numbers that are neither in a linear map nor in the table of words: norms and relative positions."""
+        return self.layers * (2 * self.width + self.buckets * self.heads) + self.width
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the encoder."""
+        return self.layers * sum(o * i for o, i in self.maps) + self.words * self.width + self.rest
+
+
+UMT5_XXL = TextSizes().parameters
+
+
+def text_encoder(precision: str, sizes: TextSizes = TextSizes()) -> int:
+    """Bytes of the text encoder's weights. "int8": a byte for each number of linear maps and table, an fp32 scale for
+    each output and word, the rest in bf16."""
+    if precision != "int8":
+        return BYTES[precision] * sizes.parameters
+    rows = [*sizes.maps * sizes.layers, (sizes.words, sizes.width)]
+    return sum(o * (i + BYTES["fp32"]) for o, i in rows) + BYTES["bf16"] * sizes.rest
+
+
 # ---------------------------------------------------------------------- autoencoders
+
+
+def autoencoder(config: AutoencoderConfig) -> int:
+    """Numbers in both halves of an autoencoder, which an engine loads whole; TAEHV has one half."""
+    if config.kind == "wan":
+        return _wan_encoder(config) + _wan_decoder(config)
+    return _tiny(config) if config.kind == "tiny" else _taehv_decoder(config.latent_channels)
 
 
 def decoder(config: AutoencoderConfig, grid: tuple[int, int], kind: str) -> tuple[int, int]:
@@ -193,6 +258,17 @@ def _wan_decoder(config: AutoencoderConfig) -> int:
     return count + config.widths[0] + _conv(config.widths[0], 3, 27)
 
 
+def _wan_encoder(config: AutoencoderConfig) -> int:
+    z, widths, last = config.latent_channels, config.widths, len(config.widths) - 1
+    count = _conv(3, widths[0], 27) + _conv(2 * z, 2 * z, 1)
+    for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
+        count += _residual(before, width) + _residual(width, width)
+        if level < last:
+            temporal = level >= last - (config.temporal.bit_length() - 1)
+            count += _conv(width, width, 9) + (_conv(width, width, 3) if temporal else 0)
+    return count + _middle(widths[-1]) + widths[-1] + _conv(widths[-1], 2 * z, 27)
+
+
 def _wan_state(config: AutoencoderConfig) -> int:
     """Numbers kept for each latent cell: two frames before each causal convolution, finer levels having more cells."""
     z, deep = config.latent_channels, config.widths[3]
@@ -215,6 +291,11 @@ def _taehv_decoder(z: int) -> int:
         count += 3 * (_conv(2 * width, width, 9) + 2 * _conv(width, width, 9))
         count += width * width * more + 9 * width * following
     return count + _conv(64, 3, 9)
+
+
+def _tiny(config: AutoencoderConfig) -> int:
+    """All tensors of the small autoencoder, those that are no parameters too."""
+    return sum(map(prod, shapes.autoencoder(config).values()))
 
 
 def _tiny_decoder(config: AutoencoderConfig) -> int:
@@ -272,6 +353,7 @@ def page(account: Account, budget: int | None) -> str:
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:<{width}}  {size / 1e9:8.3f} GB{note}" for name, size, note in rows]
     lines += ["-" * (width + 13), f"{'total':<{width}}  {account.total / 1e9:8.3f} GB"]
+    lines += [f"{'on the host: ' + part.name:<{width}}  {part.bytes / 1e9:8.3f} GB" for part in account.host]
     if budget is None:
         return "\n".join([*lines, *_saves(account.remedies)])
     if account.total <= budget:

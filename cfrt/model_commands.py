@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,10 +14,11 @@ from .errors import CfrtError
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+    from .official import File
 
 
 class NotFetched(CfrtError):
-    """Files that are not here and cannot be had."""
+    """Files that are not here and cannot be had; which, and where they belong, has been said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +84,33 @@ class Pull:
             for file in files:
                 print(f"{'missing' if file in absent else 'here   '}  {file.gigabytes:6.2f} GB  {file.address}")
             return
-        failed = []
-        for file in absent:
-            try:
-                with _bar(round(file.gigabytes * 1e9), file.path) as bar:
-                    hub.fetch(file, bar.update)
-            except CfrtError as error:
-                print(f"cfrt: {error}".split("\n")[0], file=sys.stderr)
-                failed.append(file)
+        failed = absent if hub.offline() else self._fetch(absent)
         if failed:
-            raise NotFetched(
-                f"{len(failed)} files are missing; put them here and pull again:\n{hub.instructions(failed)}"
-            )
+            print(hub.instructions(failed))
+            why = "HF_HUB_OFFLINE is set" if hub.offline() else "they cannot be fetched"
+            raise NotFetched(f"{len(failed)} files are missing and {why}; put them where it says above, and pull again")
         self._make()
+
+    def _fetch(self, files: "Iterable[File]") -> "list[File]":
+        """The files that cannot be fetched; says why. Those of the hub have its own bars."""
+        from . import hub
+
+        failed, answers = [], True
+        for file in files:
+            plain = "://" in file.repository
+            try:
+                if plain:
+                    with _bar(round(file.gigabytes * 1e9), file.path) as bar:
+                        hub.fetch(file, bar.update)
+                elif answers:
+                    hub.fetch(file)
+                else:
+                    failed.append(file)
+            except CfrtError as error:
+                print(f"cfrt: {error}".split("; by hand:")[0], file=sys.stderr)
+                failed.append(file)
+                answers = answers and not isinstance(error, hub.Unreachable)
+        return failed
 
     def _make(self) -> None:
         """The model folder, from files that are here."""
@@ -132,6 +147,8 @@ class Plan:
     """Default: the model's own."""
     text: Literal["cpu", "gpu"] = "cpu"
     """Where the text encoder runs."""
+    text_precision: Literal["bf16", "int8", "fp32"] = "bf16"
+    """What it is kept in."""
     window: int | None = None
     """W, latent frames that a unit sees. Default: the model's own."""
     sinks: int | None = None
@@ -163,7 +180,8 @@ class Plan:
                 precision=self.precision,
                 decoder=self.decoder or config.autoencoder.kind,
                 text=self.text,
-                guided=self.guided,
+                text_precision=self.text_precision,
+                guided=self.guided or config.guided,
             )
             account = memory.stream(setup)
         print(json.dumps(asdict(account) | {"total": account.total}) if self.json else memory.page(account, budget))
@@ -182,5 +200,6 @@ class Plan:
 def _bar(total: int, what: str) -> Iterator[Any]:
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False) as bar:
+    # disable=None: no bar where standard error is no terminal
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         yield bar

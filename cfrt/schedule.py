@@ -74,6 +74,7 @@ class Sequential:
         self.began = 0.0
 
     def make(self, unit: int, number: int, calls: Calls) -> Latents | None:
+        """S passes over one unit; the first may take a commit along."""
         engine, config = self._engine, self._config
         self.began = perf_counter()
         levels = flow.sigmas(config.unit_steps(number), config.shift)
@@ -133,6 +134,7 @@ class Rolling:
         self.began = 0.0
 
     def make(self, unit: int, number: int, calls: Calls) -> Latents | None:
+        """Passes over the window until its oldest unit, this one, is clean."""
         begun = enumerate(self._begun if unit == self._first else (), unit)
         kept = takewhile(lambda entry: entry[1].holds(entry[0], calls.timeline), begun)
         self._first, self._begun = unit, tuple(one for _, one in kept)

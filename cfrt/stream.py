@@ -242,8 +242,8 @@ class Stream:
         return Change(unit)
 
     def pause(self) -> None:
-        """Hands out no more frames, from this moment on: who asks for one waits. The work for the unit under way is
-        finished, no other is begun."""
+        """Hands out no more frames, from this moment on: who asks for one waits. The unit ahead is still made, and no
+        other."""
         self._worker.pause()
 
     def resume(self) -> None:

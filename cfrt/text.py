@@ -151,6 +151,7 @@ class TableText:
 OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
 WEIGHTS_PLACES = ("text_encoder/config.json", OFFICIAL_WEIGHTS)
 TOKENIZER_PLACES = ("tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json")
+TEXT_PRECISIONS = ("bf16", "int8", "fp32")
 RELEASES = (WAN_DIFFUSERS, WAN)
 """Hub repositories that hold both, each in one of these places."""
 
@@ -159,7 +160,8 @@ class UMT5Text:
     """Wan2.1's text encoder: umT5's rows, zeros after the last. The network looks at the zeros too, as Wan has it.
 
     folders: where its files may be, in the layout of either release; the first folder that has any is taken.
-    device, precision: "cpu" or "cuda", "bf16" (as released, 11 GB) or "fp32". It stays in memory once it was needed.
+    device: "cpu" or "cuda". precision: "bf16" (as released, 11.4 GB), "int8" (weights only: 5.7 GB, a little slower
+        and not as exact) or "fp32". It stays in memory once it was needed.
     kept: folder of the embeddings on disk, None for `cfrt.embeddings.home()`."""
 
     def __init__(
@@ -171,8 +173,8 @@ class UMT5Text:
         precision: str = "bf16",
         kept: Path | None = None,
     ) -> None:
-        if precision not in ("bf16", "fp32"):
-            raise EngineError(f"expected bf16 or fp32 for the text encoder, got {precision!r}")
+        if precision not in TEXT_PRECISIONS:
+            raise EngineError(f"expected {', '.join(TEXT_PRECISIONS)} for the text encoder, got {precision!r}")
         self._config, self._folders, self._device, self._precision = config, list(folders), device, precision
         files = self._files()
         found = "*" if files is None else embeddings.fingerprint(_all_files(*files))
@@ -281,13 +283,21 @@ def split(prompt: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", plain)
 
 
-def encoder(config: ModelConfig, weights: Mapping[str, np.ndarray], folder: Path | None = None) -> Text:
-    """The text encoder that belongs to a model, whose folder may hold umT5. WeightsError when its table is missing."""
+def encoder(
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    folder: Path | None = None,
+    *,
+    device: str = "cpu",
+    precision: str = "bf16",
+) -> Text:
+    """The text encoder that belongs to a model, whose folder may hold umT5; device and precision are umT5's.
+    WeightsError when its table is missing."""
     if config.text.kind == "umt5":
         bundle = Bundle.open(folder) if folder is not None and is_bundle(folder) else None
         if bundle is not None and bundle.manifest.text_encoder is not None:
             return ExportedText(config.text, bundle)
-        return UMT5Text(config.text, umt5_folders(folder))
+        return UMT5Text(config.text, umt5_folders(folder), device=device, precision=precision)
     if TABLE not in weights:
         raise WeightsError(f"the weights of {config.name!r} hold no {TABLE}; they are incomplete")
     return TableText(config.text, weights[TABLE])

@@ -176,6 +176,7 @@ def match_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, t
 
 
 def listed(what: str, names: list[str]) -> list[str]:
+    """A sentence's part about `names`, the first few of them named; none where there are none."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return [f"{len(names)} {what}: {', '.join(names[:LISTED])}{more}"] if names else []
 

@@ -25,8 +25,6 @@ from student_fixture import BLUE, RED, save_student, small_config
 import cfrt
 from cfrt.engines.native import NativeEngine
 from cfrt.journal import Entry, Journal
-from cfrt.timeline import Timeline, slerp
-from cfrt.trace import Trace
 
 pytestmark = pytest.mark.cpu
 
@@ -275,6 +273,51 @@ def test_control_from_another_thread(pace: str | float, seed: int, open_stream: 
     assert [frame.prompt for frame in frames] == [score.text(frame.unit) for frame in frames]
     expected = oracle(0).play(score, config.unit_at(last) + 1)
     np.testing.assert_array_equal(pixels(frames), expected[: len(frames)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_control_of_a_live_stream(seed: int, open_stream: Callable[..., cfrt.Stream]) -> None:
+    """One that drops what its viewer misses: what is seen is in order, and the score, played without interruption."""
+    draw, which = random.Random(seed), seed % len(CONFIGS)
+    stream = open_stream(config=which, fps=draw.choice([200.0, 1000.0]), keep="latest")
+    score, config, frames = Score(oracle(which).rows_of, 7), stream.config, stream.frames()
+    seen: dict[int, cfrt.Frame] = {}
+
+    def watch() -> None:
+        frame = next(frames)
+        assert frame.index > max(seen, default=-1)
+        seen[frame.index] = frame
+
+    for _ in range(40):
+        match draw.choice(["watch", "watch", "prompt", "reseed", "pause", "resume", "rewind"]):
+            case "watch" if not stream.paused:
+                for _ in range(draw.randrange(1, 6)):
+                    watch()
+            case "prompt":
+                text, blend, recache = draw.choice(TEXTS), draw.randrange(3), draw.random() < 0.3
+                change = stream.prompt(text, blend_units=blend, recache=recache, flush=draw.random() < 0.7)
+                score.prompt(change.unit, text, blend, recache)
+            case "reseed":
+                new = draw.randrange(4)
+                score.reseed(stream.reseed(new).unit, new)
+            case "pause":
+                stream.pause()
+                if draw.random() < 0.3:
+                    stream.step()
+                    watch()
+            case "resume":
+                stream.resume()
+                time.sleep(0.02 * draw.random())
+            case "rewind" if stream.reach:
+                unit = stream.rewind(draw.randrange(1, min(6, stream.reach + 1)))
+                seen = {index: frame for index, frame in seen.items() if index < config.first_frame(unit)}
+    stream.resume()
+    for _ in range(5):
+        watch()
+    expected = oracle(which).play(score, config.unit_at(max(seen)) + 1)
+    for index, frame in seen.items():
+        assert frame.prompt == score.text(frame.unit)
+        np.testing.assert_array_equal(frame.pixels, expected[index])
 
 
 # ---------------------------------------------------------------------- rewind and its journal
@@ -582,72 +625,3 @@ def test_calls_that_make_no_sense(open_stream: Callable[..., cfrt.Stream]) -> No
     ):
         with pytest.raises(cfrt.CfrtError, match="closed"):
             use()
-
-
-# ---------------------------------------------------------------------- timeline
-
-
-def test_slerp_goes_along_the_arc() -> None:
-    a, b = (
-        np.array([[2.0, 0], [0, 0], [1, 0], [1, 1]], np.float32),
-        np.array([[0, 4.0], [1, 1], [3, 0], [-1, -1]], np.float32),
-    )
-    middle = slerp(a, b, 0.5)
-    np.testing.assert_allclose(middle[0], 3 * np.array([1, 1]) / np.sqrt(2), rtol=1e-6)
-    np.testing.assert_allclose(middle[1:], [[0.5, 0.5], [2, 0], [0, 0]], atol=1e-6)
-    for weight, end in ((0.0, a), (1.0, b)):
-        np.testing.assert_allclose(slerp(a, b, weight), end, atol=1e-6)
-    timeline = Timeline("a", a)
-    timeline.change(3, "b", b, blend_units=1, blend="slerp")
-    np.testing.assert_allclose(timeline.at(3).rows, middle)
-
-
-def test_a_timeline_forgets_what_nobody_can_ask_for() -> None:
-    rows = np.zeros((1, 2), np.float32)
-    timeline = Timeline("0", rows)
-    for unit in range(1, 100):
-        timeline.change(unit, str(unit), rows)
-        timeline.reseed(unit, unit)
-    timeline.forget(90)
-    assert timeline.changes()[0] == (90, "90")
-    assert (timeline.at(95).text, timeline.seed(95)) == ("95", 95)
-    with pytest.raises(cfrt.EngineError, match="unit 89 is not remembered"):
-        timeline.at(89)
-
-
-# ---------------------------------------------------------------------- trace
-
-
-def test_a_trace_shows_every_stage(open_stream: Callable[..., cfrt.Stream], tmp_path: Path) -> None:
-    trace = Trace()
-    stream = open_stream(fps=2000.0, trace=trace)
-    list(stream.frames(17))
-    stream.prompt(BLUE, recache=True)
-    list(stream.frames(8))
-    stream.close()
-    totals = trace.totals()
-    assert {"unit", "noise", "denoise 0", "denoise 1", "decode", "commit", "recache", "wait"} <= set(totals)
-    assert totals["recache"][0] == 1
-    assert totals["decode"][0] >= 7
-    trace.save(tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    spans = [event for event in events if event["ph"] == "X"]
-    assert len(spans) == len(trace)
-    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"cfrt-stream", "MainThread"}
-    unit = next(event for event in spans if event["name"] == "unit")
-    inner = [event for event in spans if event["tid"] == unit["tid"] and event["name"].startswith("denoise")]
-    assert any(unit["ts"] <= e["ts"] and e["ts"] + e["dur"] <= unit["ts"] + unit["dur"] for e in inner)
-    assert len(Trace(longest=2)) == 0
-
-
-def test_an_engine_may_mark_its_stages_too(
-    open_stream: Callable[..., cfrt.Stream], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the torch engine does on CUDA with NVTX ranges."""
-    theirs, ours = Trace(), Trace()
-    monkeypatch.setattr(NativeEngine, "annotate", theirs, raising=False)
-    stream = open_stream(trace=ours)
-    list(stream.frames(9))
-    stream.close()
-    counts = [{stage: count for stage, (count, _) in trace.totals().items()} for trace in (theirs, ours)]
-    assert counts[0] == counts[1] != {}

@@ -1,7 +1,10 @@
 """Checkpoints converted: into ours and diffusers', nothing lost, nothing left behind by a failure."""
 
+import gc
 import json
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +233,56 @@ def test_an_autoencoder_goes_along(tmp_path, official):
 def test_nonsense(official, arguments, said):
     with pytest.raises(WeightsError, match=said):
         convert.plan(official, **arguments)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+class Resident(threading.Thread):
+    """The most memory that this process has had, mapped files included, above what it had at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.start_at = self.peak = self._now()
+        self.done = threading.Event()
+
+    @staticmethod
+    def _now():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+    def run(self):
+        while not self.done.wait(0.001):
+            self.peak = max(self.peak, self._now())
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.join()
+
+    @property
+    def grown(self):
+        return self.peak - self.start_at
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+@pytest.mark.parametrize("sharded", [True, False])
+def test_it_holds_little_more_than_a_shard(tmp_path, sharded):
+    """130 MB in three shards, or in one file that is its own only shard: at most 1.3 times the largest."""
+    wide = replace(CONFIG, width=512, heads=4, depth=6, ffn=2048)
+    state = CausalDiT(wide).state_dict()
+    source = tmp_path / ("wan" if sharded else "wan.pt")
+    if sharded:
+        write_shards(source, state)
+    else:
+        torch.save({"generator": state}, source)
+    del state
+    gc.collect()
+    largest = max(path.stat().st_size for path in (source.iterdir() if sharded else [source]))
+    assert largest > 40e6
+    with Resident() as memory:
+        convert.plan(source, model=wide, format="bf16").run(tmp_path / "model")
+    assert memory.grown < 1.3 * largest

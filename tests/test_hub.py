@@ -97,8 +97,12 @@ class FakeHub:
         class HfHubHTTPError(Exception):
             pass
 
-    def __init__(self, root, here, there):
-        self.root, self.here, self.there = root, set(here), set(there)
+        class LocalEntryNotFoundError(HfHubHTTPError, FileNotFoundError):
+            pass
+
+    def __init__(self, root, here, there, answers=True):
+        self.root, self.here, self.there, self.asked = root, set(here), set(there), []
+        self.refusal = self.errors.HfHubHTTPError if answers else self.errors.LocalEntryNotFoundError
 
     def hf_hub_download(self, repository, path, *, local_files_only):
         if path in self.here or (path in self.there and not local_files_only):
@@ -106,7 +110,9 @@ class FakeHub:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(b"x")
             return str(target)
-        raise (OSError if local_files_only else self.errors.HfHubHTTPError)("not there")
+        if not local_files_only:
+            self.asked.append(path)
+        raise (OSError if local_files_only else self.refusal)("not there")
 
     def snapshot_download(self, repository, *, allow_patterns, local_files_only):
         (pattern,) = allow_patterns
@@ -122,7 +128,7 @@ def test_through_the_hub(tmp_path, monkeypatch):
     assert hub.locate(AUTOENCODER) == tmp_path / AUTOENCODER.path
     assert hub.locate(TEXT_ENCODER) is None
     assert hub.fetch(TEXT_ENCODER) == tmp_path / "text_encoder"
-    with pytest.raises(WeightsError, match=r"cannot be reached"):
+    with pytest.raises(WeightsError, match=r"the hub does not give causal-forcing"):
         hub.fetch(OFFICIAL[MODEL])
 
 
@@ -163,11 +169,29 @@ def test_dry_run_lists_everything(capsys):
     assert all(line.startswith("missing") for line in lines)
 
 
-def test_a_pull_that_cannot_fetch(capsys):
+@pytest.mark.parametrize("offline", [True, False], ids=["forbidden", "nobody there"])
+def test_a_pull_that_cannot_fetch(offline, monkeypatch, capsys):
+    """A table on standard output, one line of error, no bars: file by file what to put where."""
+    if not offline:
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        fake = FakeHub(None, [], [], answers=False)
+        monkeypatch.setattr(hub, "_hub", lambda: fake)
+        monkeypatch.setattr(hub, "urlopen", partial(_raise, OSError("no route")))
     assert cli.main(["pull", MODEL, "--decoder", "taehv"]) == 1
-    said = capsys.readouterr().err
-    assert "5 files are missing" in said
-    assert "taew2_1.pth" in said
+    out, err = capsys.readouterr()
+    rows = out.splitlines()
+    files = hub.needs(MODEL, decoder="taehv")
+    assert rows[::2] == [f"{file.gigabytes:6.2f} GB  {file.address}" for file in files]
+    assert rows[1::2] == [f"       to  {hub.place(file)}" for file in files]
+    assert "5 files are missing" in err.splitlines()[-1]
+    assert ("HF_HUB_OFFLINE is set" in err) == offline
+    assert len(err.splitlines()) == (1 if offline else 3), "the hub is asked once, and so is the other server"
+    assert "%|" not in err
+    assert offline or fake.asked == [OFFICIAL[MODEL].path]
+
+
+def _raise(error, *_, **__):
+    raise error
 
 
 def test_an_unreleased_model(capsys):

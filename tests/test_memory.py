@@ -1,12 +1,18 @@
 """The planner's formulae against real modules and real allocations."""
 
 from dataclasses import replace
+from types import MethodType
 
+import numpy as np
 import pytest
 import torch
+from training_fixture import small
+from wan_fixture import wan_config, wan_weights
 
 from cfrt import memory
 from cfrt.config import PRESETS
+from cfrt.engines import Spec
+from cfrt.engines.torch import TorchEngine
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.ring import RingCache
@@ -39,6 +45,56 @@ def test_the_small_decoder():
     assert state == kept.numel()
 
 
+STREAMS = {
+    "student": {},
+    "chunk-wise": {"unit": 3, "window": 6, "sinks": 2},
+    "teacher": {"solver": "euler", "guidance": 3.0, "first_steps": None},
+    "rolling": {"unit": 2, "window": 4, "sinks": 2, "first_steps": None, "schedule": "rolling"},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("taehv", [False, True])
+@pytest.mark.parametrize("kind", STREAMS)
+def test_all_that_a_running_engine_holds(kind, taehv, precision):
+    """Every tensor that can be reached from an engine that has decoded two units, against the exact parts, byte for
+    byte; the phases and the negative prompt's rows, which the account leaves out, are none of them."""
+    config = wan_config(**STREAMS[kind])
+    decoder = "taehv" if taehv else None
+    rows = np.ones((config.text.length, config.text.width), np.float32)
+    weights = wan_weights(config, taehv=True)
+    engine = TorchEngine()
+    engine.prepare(Spec(config=config, weights=weights, precision=precision, decoder=decoder, null=rows))
+    engine.set_text(rows)
+    engine._null = None if engine._null is None else torch.zeros(0)  # rows, not keys: 8 MB at full size
+    for unit in range(2):
+        engine.decode(engine.noise(unit, 0))
+    setup = memory.Setup(config=config, precision=precision, decoder=decoder or "wan", guided=config.guided)
+    exact = [part for part in memory.stream(setup).parts if part.exact]
+    assert sum(tensor_bytes(engine)) == sum(part.bytes for part in exact)
+
+
+def tensor_bytes(engine):
+    """Of every storage that the engine reaches."""
+    found = {}
+    waiting = [engine.__dict__]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, torch.nn.Module):
+            waiting += [*one.parameters(), *one.buffers()]
+        elif isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif isinstance(one, RingCache):
+            waiting.append(one.__dict__)
+        elif isinstance(one, MethodType):  # the decoder that was chosen
+            waiting.append(one.__self__)
+    return found.values()
+
+
 @pytest.mark.parametrize("base", [8, 96])
 def test_wan_decoder_weights(base):
     """Against diffusers' own module."""
@@ -49,6 +105,7 @@ def test_wan_decoder_weights(base):
     config = replace(FULL.autoencoder, widths=(base, 2 * base, 4 * base, 4 * base))
     expected = count(theirs.decoder) + count(theirs.post_quant_conv)
     assert memory.decoder(config, (2, 2), "wan")[0] == expected
+    assert memory.autoencoder(config) == count(theirs)
 
 
 def test_published_sizes():
@@ -57,7 +114,8 @@ def test_published_sizes():
     frame = memory.ring(FULL) / FULL.geometry.capacity
     assert 2 * frame == pytest.approx(287.5e6, rel=1e-3)
     assert memory.decoder(FULL.autoencoder, FULL.latent_grid, "wan")[1] == pytest.approx(944.3e6, rel=1e-3)
-    assert memory.UMT5_XXL == 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64) + 256_384 * 4096 + 4096
+    assert memory.UMT5_XXL == 5_680_910_336
+    assert memory.text_encoder("int8") == pytest.approx(5.69e9, rel=1e-2)
 
 
 def test_a_small_stream_stays_below_its_estimate():
@@ -102,6 +160,45 @@ def test_a_guided_teacher_has_two_rings():
     once, twice = (memory.stream(memory.Setup(config=FULL, guided=guided)) for guided in (False, True))
     rings = [next(part.bytes for part in account.parts if "ring" in part.name) for account in (once, twice)]
     assert rings[1] == 2 * rings[0]
+
+
+def test_what_a_training_keeps():
+    """Asymmetric DMD after one step of the student and its critic: weights, gradients, moments, average, byte for byte;
+    the frozen score is kept in bf16 at full size, and in fp32 here."""
+    from functools import partial
+
+    from training import data, dmd, loop
+    from training.network import Network
+
+    config = small()
+    stage = dmd.Stage(
+        dmd.Config(steps=2, batch=2, critic_warmup=0, critic_updates=1),
+        config,
+        partial(data.prompts, config=data.Config(units=config.trained_frames)),
+        Network(config),
+        Network(config),
+    )
+    average, optimisers = loop.Average(stage.student, 0.9), stage.optimisers()
+    loop.take(stage, optimisers, 0, seed=0)
+    trained = [parameter for network in stage.networks.values() for parameter in network.parameters()]
+    moments = [
+        value
+        for group in optimisers.values()
+        for optimiser in group.values()
+        for state in optimiser.state.values()
+        for key, value in state.items()
+        if key != "step"
+    ]
+    gradients = [parameter.grad for parameter in trained]
+    assert all(gradient is not None for gradient in gradients)
+    kept = bytes_of([*trained, *gradients, *moments, *average.weights.values(), *stage.frozen["real"].parameters()])
+    table = 4 * (1 + max(config.text.vocab.values())) * config.text.width  # of words, which is trained as well
+    account = memory.training(config, real=config)
+    assert kept == account.total + 2 * memory.parameters(config) + table * (4 + 4 + 1 + 1)
+
+
+def bytes_of(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def test_training_is_shared_out():

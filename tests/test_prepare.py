@@ -1,5 +1,4 @@
-"""Own videos: what is read of a file, which clips are made of it, and that shards hold exactly those, whatever happens
-while they are made."""
+"""Own videos: what is used of a folder, and that shards hold exactly that, whatever happens while they are made."""
 
 from __future__ import annotations
 
@@ -11,9 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from footage_fixture import BLUE, RED, film, numbers, table
 from student_fixture import random_weights, save_student, small_config
 
 from cfrt import students
-from cfrt.config import ModelConfig, TextConfig
-from cfrt.errors import CfrtError, ConfigError, PromptError, VideoError
-from cfrt.text import Encoded, TableText
-from cfrt.video import write
+from cfrt.config import ModelConfig
+from cfrt.errors import CfrtError, ConfigError, VideoError
 from cfrt.weights import save_model
 from training import (
     bidirectional,
@@ -43,220 +37,15 @@ from training import (
     selection,
     shards,
     teacher,
-    wording,
     workers,
 )
-from training.footage import Cut, Film, Video
+from training.footage import Cut
 from training.network import Network
 from training.shards import DataError, Manifest, Shards
 
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[1]
-RED, BLUE = "A red circle,\n moving left.", "blue square moving right"
-
-
-# ---------------------------------------------------------------------- footage with numbered frames
-
-
-def numbered(count: int, height: int = 32, width: int = 32) -> Iterator[np.ndarray]:
-    """Frame k says k: its left half is the high digit in base 16, its right half the low one."""
-    for k in range(count):
-        frame = np.empty((height, width, 3), np.uint8)
-        frame[:, : width // 2], frame[:, width // 2 :] = 15 * (k // 16), 15 * (k % 16)
-        yield frame
-
-
-def numbers(pixels: np.ndarray) -> list[int]:
-    """Which frames those of a clip [T, H, W, 3] are."""
-    width = pixels.shape[2]
-    digits = [pixels[:, :, part].mean((1, 2, 3)) / 15 for part in (slice(2, width // 2 - 2), slice(width // 2 + 2, -2))]
-    return [int(16 * round(high) + round(low)) for high, low in zip(*digits, strict=True)]
-
-
-def film(path: Path, count: int = 60, fps: float = 16.0, size: tuple[int, int] = (32, 32), caption: str = RED) -> Path:
-    """A video of numbered frames, with its caption beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        write(numbered(count, *size), path, fps=fps, scale=1)
-    else:
-        encoded(path, numbered(count, *size), fps)
-    path.with_suffix(".txt").write_text(caption)
-    return path
-
-
-def encoded(
-    path: Path, pictures: Iterable[np.ndarray], fps: float = 16.0, *, matrix: int | None = None, **tags: Any
-) -> Path:
-    """H.264 on one thread, in colours of `matrix`; `tags` are what the file says about its pixels."""
-    pictures, rate = list(pictures), Fraction(fps).limit_denominator(1001)
-    head = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
-    with av.open(str(path), "w", format="h264" if path.suffix == ".ts" else None, options=head) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "8", "preset": "veryfast"})
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
-        for name, value in {"thread_count": 1, **tags}.items():
-            setattr(stream.codec_context, name, value)
-        for number, pixels in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=matrix, threads=1)
-            frame.pts, frame.time_base = number, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def shown(count: int, source: Fraction, start: float, cut: Cut) -> list[int]:
-    """What a player shows at the clip's times: exact arithmetic, no files."""
-    times = [Fraction(start).limit_denominator(10**6) + k / Fraction(cut.fps) for k in range(cut.frames)]
-    return [min(count - 1, int((t + Fraction(1, 10**4)) * source)) for t in times]
-
-
-@pytest.mark.parametrize(
-    ("fps", "suffix"),
-    [(16.0, ".mp4"), (25.0, ".mkv"), (30000 / 1001, ".mov"), (60.0, ".mp4"), (12.0, ".mkv"), (20.0, ".gif")],
-)
-def test_a_clip_is_what_a_player_shows(fps: float, suffix: str, tmp_path: Path) -> None:
-    count, cut = round(2.2 * fps), Cut(frames=17, fps=16.0, size=(32, 32))
-    path = film(tmp_path / f"x{suffix}", count, fps)
-    for start in (0.0, 0.5, 1.0625):
-        expected = shown(count, Fraction(fps).limit_denominator(1001), start, cut)
-        assert numbers(footage.read(path, start, cut)) == expected
-    assert footage.probe(path).seconds == pytest.approx(count / fps, abs=0.002)
-    assert footage.probe(path).fps == pytest.approx(fps, abs=0.01)
-
-
-def test_entering_a_file_in_the_middle_changes_nothing(tmp_path: Path) -> None:
-    """Key frames are far apart, so a clip from the middle begins with frames that depend on others before it."""
-    path, cut = film(tmp_path / "x.mp4", 160), Cut(frames=5, fps=16.0, size=(32, 32))
-    whole = footage.read(path, 0.0, replace(cut, frames=160))
-    for first in (1, 40, 97, 155):
-        np.testing.assert_array_equal(footage.read(path, first / 16, cut), whole[first : first + 5])
-
-
-def test_a_stream_without_an_index_is_read_from_its_start(tmp_path: Path) -> None:
-    """Raw H.264 has neither time stamps nor a length."""
-    cut = Cut(frames=5, fps=25.0, size=(32, 32))
-    encoded(tmp_path / "x.ts", numbered(50), 25.0)
-    assert numbers(footage.read(tmp_path / "x.ts", 1.0, cut)) == [25, 26, 27, 28, 29]
-    assert footage.probe(tmp_path / "x.ts").seconds == pytest.approx(2.0)
-
-
-def test_the_end_of_a_video_is_the_end(tmp_path: Path) -> None:
-    path, cut = film(tmp_path / "x.mp4", 20), Cut(frames=17, fps=16.0, size=(32, 32))
-    assert numbers(footage.read(path, 3 / 16, cut)) == list(range(3, 20))
-    with pytest.raises(VideoError, match=r"the video ends at 1\.25 s; is the file cut off"):
-        footage.read(path, 4 / 16, cut)
-
-
-def quadrants(height: int, width: int) -> np.ndarray:
-    """Red, green / blue, white; edges that are cut off are black."""
-    frame = np.zeros((height, width, 3), np.uint8)
-    half = height // 2, width // 2
-    frame[: half[0], : half[1], 0] = frame[: half[0], half[1] :, 1] = frame[half[0] :, : half[1], 2] = 255
-    frame[half[0] :, half[1] :] = 255
-    return frame
-
-
-def corners(picture: np.ndarray) -> str:
-    """The nearest colours in the middle of a picture's quadrants, row by row."""
-    names = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "w": (255, 255, 255), "k": (0, 0, 0)}
-    height, width, _ = picture.shape
-    seen = [picture[y, x] for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
-    return "".join(min(names, key=lambda name: int(np.abs(colour.astype(int) - names[name]).sum())) for colour in seen)
-
-
-def still(path: Path, picture: np.ndarray, **tags: Any) -> Path:
-    return encoded(path, [picture] * 2, **tags)
-
-
-def first(path: Path, *size: int) -> np.ndarray:
-    return footage.read(path, 0.0, Cut(frames=1, fps=16.0, size=size))[0]
-
-
-@pytest.mark.parametrize(
-    ("turn", "seen"),
-    [((1, 0, 0, 1), "rgbw"), ((0, 1, -1, 0), "brwg"), ((-1, 0, 0, -1), "wbgr"), ((0, -1, 1, 0), "gwrb")],
-)
-def test_a_phone_held_upright_gives_upright_clips(turn: tuple[int, ...], seen: str, tmp_path: Path) -> None:
-    """The matrix in an mp4 says how it is to be turned; it lies 44 bytes behind the name of its box."""
-    path = still(tmp_path / "x.mp4", quadrants(64, 96))
-    content = bytearray(path.read_bytes())
-    at = content.index(b"tkhd") + 44
-    a, b, c, d = (value % 2**16 * 2**16 for value in turn)
-    content[at : at + 36] = b"".join(v.to_bytes(4, "big") for v in (a, b, 0, c, d, 0, 0, 0, 2**30))
-    path.write_bytes(content)
-    upright = abs(turn[0])
-    assert footage.probe(path).size == ((64, 96) if upright else (96, 64))
-    assert corners(first(path, 32, 32)) == seen
-
-
-def test_pixels_need_not_be_square(tmp_path: Path) -> None:
-    """Twice as wide as high: the left and right quarters of what is shown are cut off, and not of what is stored."""
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[:, 16:48] = 255
-    path = still(tmp_path / "x.mp4", picture, sample_aspect_ratio=Fraction(2))
-    assert footage.probe(path).size == (64, 128)
-    assert first(path, 32, 32).min() > 230
-    assert first(still(tmp_path / "y.mp4", picture), 32, 32).mean() < 140
-
-
-def test_clips_cover_their_size_about_the_centre(tmp_path: Path) -> None:
-    tall = np.zeros((128, 64, 3), np.uint8)
-    tall[32:96] = 255
-    path = still(tmp_path / "x.mp4", tall)
-    assert first(path, 32, 32)[1:-1].min() > 230
-    assert first(path, 64, 32).shape == (64, 32, 3)
-    assert corners(first(still(tmp_path / "y.mp4", quadrants(64, 64)), 17, 23)) == "rgbw"
-
-
-@pytest.mark.parametrize(("height", "tag", "matrix"), [(64, 1, 1), (64, 2, 5), (720, 2, 1), (720, 5, 5)])
-def test_colours_are_what_the_file_means(height: int, tag: int, matrix: int, tmp_path: Path) -> None:
-    """Tagged (1 is BT.709, 5 is BT.601), or as players take untagged video: BT.709 from 720 lines on."""
-    colour = np.full((height, 64, 3), (200, 60, 30), np.uint8)
-    path = still(tmp_path / "x.mp4", colour, matrix=matrix, colorspace=tag)
-    np.testing.assert_allclose(first(path, 64, 64).mean((0, 1)), (200, 60, 30), atol=3)
-
-
-# ---------------------------------------------------------------------- which clips
-
-
-@given(
-    seconds=st.floats(0.1, 100),
-    stride=st.none() | st.floats(0.05, 10),
-    most=st.none() | st.integers(1, 9),
-    begin=st.floats(0, 3),
-    length=st.none() | st.floats(0.1, 50),
-)
-def test_clips_lie_inside_their_segment(
-    seconds: float, stride: float | None, most: int | None, begin: float, length: float | None
-) -> None:
-    cut = Cut(frames=21, fps=16.0, size=(32, 32))
-    end = None if length is None else begin + length
-    video = Video(path=Path("x"), name="x", caption="x", start=begin, end=end)
-    segment = min(seconds, seconds if end is None else end) - begin
-    film = Film(seconds=seconds, fps=16.0, size=(32, 32))
-    if segment <= cut.seconds + footage.INSTANT:
-        with pytest.raises(VideoError, match="too short"):
-            footage.starts(video, film, cut, stride=stride, most=most)
-        return
-    starts = footage.starts(video, film, cut, stride=stride, most=most)
-    step = cut.frames / cut.fps if stride is None else stride
-    assert starts == sorted(set(starts))
-    assert begin - 1e-6 <= starts[0]
-    assert starts[-1] + cut.seconds <= begin + segment + 1e-6
-    assert np.allclose(np.mod(np.array(starts) - begin + step / 2, step), step / 2, atol=1e-4)
-    if most is None:
-        assert starts[-1] + step + cut.seconds > begin + segment - 2e-4
-    else:
-        assert len(starts) <= most
-
-
-def test_a_long_video_is_sampled_all_along() -> None:
-    video = Video(path=Path("x"), name="x", caption="x")
-    found = Film(seconds=600, fps=25.0, size=(480, 832))
-    starts = footage.starts(video, found, Cut(frames=81, fps=16.0, size=(480, 832)), stride=1.0, most=3)
-    assert starts == [99.0, 297.0, 495.0]  # the middles of thirds
 
 
 @pytest.fixture
@@ -317,11 +106,6 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*words: object) -> None:
     prepare.main([str(word) for word in words])
-
-
-def table(path: Path) -> dict[str, str]:
-    with path.open(newline="") as file:
-        return {row["file"]: row["reason"] for row in csv.DictReader(file)}
 
 
 def test_everything_that_cannot_be_used_is_reported(
@@ -650,114 +434,6 @@ def test_a_video_that_breaks_off_costs_its_own_clips_only(student: Path, tmp_pat
     with (tmp_path / "out/rejected.csv").open(newline="") as file:
         rows = [(row["file"], row["reason"][:27]) for row in csv.DictReader(file)]
     assert rows == [("x.mp4", "the clip from 2.625 s: unre"), ("x.mp4", "the clip from 3.9375 s: unr")]
-
-
-# ---------------------------------------------------------------------- captions
-
-
-class Spoken:
-    """A stand-in for a large model's text encoder: a row a word, none for what is not there."""
-
-    def __init__(self, length: int = 6, width: int = 3) -> None:
-        self.length, self.width, self.said = length, width, list[str]()
-
-    def encode(self, prompt: str) -> Encoded:
-        self.said.append(prompt)
-        if "unspeakable" in prompt:
-            raise PromptError("no words for it")
-        rows = np.zeros((self.length, self.width), np.float32)
-        words = prompt.split()[: self.length]
-        for row, word in enumerate(words):
-            rows[row] = [len(word), row + 1, 70000 if word == "loud" else 1 / 3]
-        return Encoded(rows=rows, words=tuple(words))
-
-
-@dataclass
-class SpokenTools:
-    """The student's autoencoder behind that encoder."""
-
-    folder: Path
-    spoken: Spoken
-    device: str = "cpu"
-
-    @property
-    def codec(self) -> encoding.Codec:
-        return encoding.ModelTools(self.folder, small_config().text).codec
-
-    @property
-    def wording(self) -> wording.Wording:
-        return wording.Embeddings(self.spoken, speaking().text)
-
-
-def speaking() -> ModelConfig:
-    return replace(small_config(), text=TextConfig(kind="umt5", width=3, length=6))
-
-
-def test_embeddings_of_a_large_encoder(student: Path, tmp_path: Path) -> None:
-    """Kept without the zeros behind the last word, with the unconditional prompt beside them; an encoder is asked once
-    a video, and what it cannot say is reported."""
-    for name, caption in (("x", "one two three"), ("y", "unspeakable"), ("z", "loud"), ("w", "a b c d e f g h")):
-        film(tmp_path / f"clips/{name}.mp4", 45, caption=caption)
-    spoken, out = Spoken(), tmp_path / "out"
-    chosen = selection.select(*footage.listed(tmp_path / "clips"), speaking(), selection.Settings())
-    fresh = encoding.describe(chosen, encoding.ModelTools(student, speaking().text), negative="ugly still")
-    encoding.run(chosen, SpokenTools(student, spoken), out, fresh)
-    assert spoken.said == ["ugly still", "a b c d e f g h", "one two three", *["unspeakable"] * 2, *["loud"] * 2]
-    assert set(table(out / "rejected.csv").values()) == {
-        "the clip from 1.3125 s: no words for it",
-        "the clip from 1.3125 s: its embedding holds values that are not finite or beyond fp16",
-    }
-    found = Shards(out, 0, speaking())
-    assert len(found) == 4
-    sizes = [found._array(clip, shards.TEXT).shape for clip in range(4)]
-    assert sizes == [(6, 3), (6, 3), (3, 3), (3, 3)]
-    batch = found.batch(0, 4)
-    assert (batch.captions.shape, batch.captions.dtype) == ((4, 2, 6, 3), torch.float32)
-    expected = torch.from_numpy(Spoken().encode("ugly still").rows)
-    assert batch.null is not None
-    torch.testing.assert_close(batch.null, expected, atol=1e-3, rtol=0)
-    torch.testing.assert_close(batch.to_null().captions, expected.expand(4, 2, 6, 3), atol=1e-3, rtol=0)
-    with pytest.raises(ConfigError, match="reads any words, through umt5"):
-        selection.select([], [], speaking(), selection.Settings(vocabulary="captions"))
-    with pytest.raises(ConfigError, match="whose unconditional prompt is empty: drop --negative"):
-        encoding.describe(
-            replace(chosen, model=small_config()), encoding.ModelTools(student, speaking().text), negative="x"
-        )
-
-
-def test_rows_are_those_of_the_prompts_that_people_type() -> None:
-    """The same words as the runtime's tokenizer, in its order, each once."""
-    text = small_config().text
-    embeddings = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
-    embeddings[0] = 0
-    for prompt in (RED, BLUE, "night sky, NIGHT sky; crimson red", "left right red blue circle square"):
-        rows = wording.Rows(text).encode(prompt)
-        np.testing.assert_array_equal(embeddings[rows], TableText(text, embeddings).encode(prompt).rows)
-    assert wording.Rows(text).unread("a red dog and a circle square left right cat") == ("dog", "and", "cat", "right")
-
-
-def test_a_vocabulary_of_your_captions() -> None:
-    captions = ["A dog runs on the beach", "the dog sleeps; a Dog!", "dog on a beach at night"]
-    made = wording.vocabulary(captions, small_config().text)
-    assert list(made.vocab.items()) == [("dog", 1), ("beach", 2), ("night", 3), ("runs", 4), ("sleeps", 5)]
-    assert (made.length, made.width, made.kind) == (3, 16, "table")
-    for caption in captions:
-        assert wording.Rows(made).unread(caption) == ()
-    many = [" ".join(f"w{k}x{j}" for j in range(40)) for k in range(200)]
-    made = wording.vocabulary(many, small_config().text)
-    assert (len(made.vocab), made.length) == (wording.LARGEST_TABLE, wording.LONGEST_CAPTION)
-
-
-def test_an_encoder_is_asked_once_a_prompt(tmp_path: Path) -> None:
-    spoken = Spoken()
-    direct = wording.Embeddings(spoken, speaking().text)
-    kept = wording.Kept(direct, tmp_path / "kept")
-    said = kept.encode("one two")
-    assert np.array_equal(wording.Kept(direct, tmp_path / "kept").encode("one two"), said)
-    assert spoken.said == ["one two"]
-    np.testing.assert_allclose(said, direct.encode("one two"), atol=1e-3)
-    rows = wording.Kept(wording.Rows(small_config().text), tmp_path / "rows")
-    assert rows.encode("red").tolist() == rows.encode("red").tolist() == [1, 0, 0, 0]
 
 
 # ---------------------------------------------------------------------- processes

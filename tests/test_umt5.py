@@ -13,10 +13,12 @@ from diffusers.pipelines.wan import pipeline_wan as pipeline
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from umt5_fixture import SIZES, save_umt5, tokenizer
 
+from cfrt import memory
 from cfrt.config import TextConfig
 from cfrt.embeddings import Embeddings, fingerprint
 from cfrt.errors import EngineError, PromptError, WeightsError
-from cfrt.nn import umt5
+from cfrt.nn import int8, umt5
+from cfrt.nn.int8 import quantised
 from cfrt.text import OFFICIAL_WEIGHTS, PromptWarning, UMT5Text, umt5_folders
 from cfrt.tokens import clean
 from cfrt.weights import umt5_from_official
@@ -81,6 +83,58 @@ def test_half_precision_errs_no_more_than_diffusers_does(text: Callable[..., UMT
     assert np.abs(text(precision="bf16").encode(PROMPTS[0]).rows - exact).max() <= 2 * allowed
 
 
+def dequantised(folder: Path, target: Path) -> Path:
+    """The same encoder, its weights rounded to what int8 keeps of them."""
+    model = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) or name == "shared":
+            q, scale = quantised(module.weight)
+            module.weight.data = q * scale[:, None]
+    model.save_pretrained(target / "text_encoder")
+    return target
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_int8_errs_no_more_than_half_precision_on_what_it_keeps(
+    official: bool, text: Callable[..., UMT5Text], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 2x rule on the same rounded weights; against the weights as they were, a few per cent at this width."""
+    exact = theirs(dequantised(folder, tmp_path / "rounded"), PROMPTS[0], torch.float64).numpy()
+    allowed = np.abs(theirs(tmp_path / "rounded", PROMPTS[0], torch.bfloat16).numpy() - exact).max()
+    files = folder if not official else write_official(folder, tmp_path / "official", monkeypatch)
+    encoder = UMT5Text(CONFIG, [files], precision="int8", kept=tmp_path / "kept")
+    rows = encoder.encode(PROMPTS[0]).rows
+    assert np.abs(rows - exact).max() <= 2 * allowed
+    full = theirs(folder, PROMPTS[0], torch.float64).numpy()
+    assert 0 < np.linalg.norm(rows - full) / np.linalg.norm(full) < 0.05
+    assert (text(precision="bf16").encode(PROMPTS[0]).rows != rows).any()
+
+
+def test_int8_keeps_what_the_plan_says(folder: Path) -> None:
+    encoder = umt5.UMT5.load(
+        folder / "text_encoder", folder / "tokenizer" / "tokenizer.json", CONFIG.length, precision="int8"
+    )
+    tensors = {x.data_ptr(): x for x in (*encoder.model.buffers(), *encoder.model.parameters())}
+    sizes = memory.TextSizes(
+        layers=SIZES["num_layers"], width=SIZES["d_model"], inner=SIZES["d_kv"] * SIZES["num_heads"],
+        ffn=SIZES["d_ff"], heads=SIZES["num_heads"], words=encoder.model.config.vocab_size,
+    )  # fmt: skip
+    assert memory.text_encoder("int8", sizes) == sum(x.numel() * x.element_size() for x in tensors.values())
+    assert memory.text_encoder("bf16") == 2 * memory.UMT5_XXL
+
+
+def test_blocks_of_outputs_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(11, 6).double(), torch.randn(2, 3, 6).double()
+    weight[4] = 0
+    monkeypatch.setattr(int8, "BLOCK", 4)
+    layer = int8.Int8Linear(weight)
+    expected = x @ (layer.weight * layer.scale[:, None].double()).T
+    assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
+    assert (layer.weight.abs().amax(1) == 127).sum() == 10
+    assert ((layer.weight * layer.scale[:, None]) - weight).abs().max() <= layer.scale.max() / 2 * 1.0001
+
+
 def test_what_finds_no_room_is_named(text: Callable[..., UMT5Text]) -> None:
     encoder = text()
     for _ in range(2):  # as it is read, and as it was kept
@@ -93,12 +147,8 @@ def test_what_finds_no_room_is_named(text: Callable[..., UMT5Text]) -> None:
 
 def test_the_official_file_has_other_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file of 242 tensors at full size, bf16; `google/umt5-xxl` beside it."""
-    state = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True).state_dict()
-    monkeypatch.setattr(umt5, "XXL", {"vocab_size": len(state["shared.weight"]), **SIZES})
-    official = {name: state[umt5_from_official(name)] for name in official_names(SIZES["num_layers"])}
-    torch.save(official, tmp_path / OFFICIAL_WEIGHTS)
-    (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
-    tokenizer().save(str(tmp_path / "google" / "umt5-xxl" / "tokenizer.json"))
+    write_official(folder, tmp_path, monkeypatch)
+    official = torch.load(tmp_path / OFFICIAL_WEIGHTS, weights_only=True)
     same = [UMT5Text(CONFIG, [f], precision="fp32", kept=tmp_path / "kept") for f in (folder, tmp_path)]
     first, second = (each.encode(PROMPTS[0]).rows for each in same)
     np.testing.assert_array_equal(first, second)
@@ -115,6 +165,19 @@ def test_the_full_size_is_the_released_one() -> None:
     assert len(names) == 242
     assert names | {"encoder.embed_tokens.weight"} == set(model.state_dict())
     assert sum(parameter.numel() for parameter in model.parameters()) == 5_680_910_336
+
+
+def write_official(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The encoder in the official layout; its size, which the file does not say, is patched in."""
+    state = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True).state_dict()
+    monkeypatch.setattr(umt5, "XXL", {"vocab_size": len(state["shared.weight"]), **SIZES})
+    (target / "google" / "umt5-xxl").mkdir(parents=True)
+    torch.save(
+        {name: state[umt5_from_official(name)] for name in official_names(SIZES["num_layers"])},
+        target / OFFICIAL_WEIGHTS,
+    )
+    tokenizer().save(str(target / "google" / "umt5-xxl" / "tokenizer.json"))
+    return target
 
 
 def official_names(layers: int) -> Iterator[str]:
@@ -237,7 +300,7 @@ def test_prompts_that_are_none(text: Callable[..., UMT5Text], prompt: str) -> No
 
 
 def test_unknown_precision_is_refused(folder: Path) -> None:
-    with pytest.raises(EngineError, match="bf16 or fp32"):
+    with pytest.raises(EngineError, match="bf16, int8, fp32"):
         UMT5Text(CONFIG, [folder], precision="fp16")
 
 

@@ -390,10 +390,25 @@ def test_the_command_passes_on_what_it_is_asked(
         raise EngineError("enough")
 
     monkeypatch.setattr("cfrt.stream.Stream", watch)
-    asked = ["--guidance", "2.5", "--negative", BAD, "--decoder", "taehv", "--tile", "8"]
+    asked = ["--guidance", "2.5", "--negative", BAD, "--decoder", "taehv", "--tile", "8", "--schedule", "sequential"]
     assert main(["generate", FOX, "--model", str(folder()), *asked, "-o", str(tmp_path / "x.mp4")]) == 1
     assert (seen["guidance"], seen["negative"], seen["decoder"], seen["tile"]) == (2.5, BAD, "taehv", 8)
-    assert (seen["image"], seen["prefix"]) == (None, None)
+    assert (seen["image"], seen["prefix"], seen["text"], seen["schedule"]) == (None, None, None, "sequential")
+    assert (
+        main(["generate", FOX, "--model", str(folder()), "--text-precision", "int8", "-o", str(tmp_path / "x.mp4")])
+        == 1
+    )
+    assert (seen["text"].encode(FOX).rows != load_text(folder()).encode(FOX).rows).any()
+
+
+def load_text(folder: Path) -> Any:
+    config, weights = load_model(folder)
+    return encoder(config, weights, folder)
+
+
+def test_a_chunk_of_pictures_is_no_picture(folder: Callable[..., Path], stream: Callable[..., cfrt.Stream]) -> None:
+    with pytest.raises(EngineError, match="give it a film of 9 pictures or more as prefix"):
+        stream(folder(**GEOMETRIES[1]), image=film(1)[0])
 
 
 def test_a_film_too_short_for_a_unit(folder: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
@@ -431,6 +446,12 @@ def test_text_through_another_reader(folder: Callable[..., Path], stream: Callab
     config, weights = load_model(model)
     np.testing.assert_array_equal(pixels(stream(model, text=model).frames(5)), expected)
     np.testing.assert_array_equal(pixels(stream(model, text=encoder(config, weights, model)).frames(5)), expected)
+
+
+def test_a_table_has_no_precision(tmp_path: Path, capsys: Any) -> None:
+    asked = ["generate", "a red circle", "--text-precision", "int8", "--model", str(save_student(tmp_path))]
+    assert main([*asked, "-o", str(tmp_path / "x.mp4")]) == 2
+    assert "reads through its own table" in capsys.readouterr().err
 
 
 def test_a_table_has_no_other_reader(tmp_path: Path) -> None:

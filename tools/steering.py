@@ -47,8 +47,8 @@ def soak(kept: dict[str, Any]) -> str:
     return (
         f"{kept['seconds'] / 60:.0f} minutes of {kept['what']}, with a change of prompt every ten seconds, a pause and "
         f"a rewind every minute: the clock drifts by {abs(kept['drift_frames']['largest']):.2f} frames at the most, "
-        f"{kept['stalls']['count']} stalls cost {kept['stalls']['frames_lost']:.1f} frames, {kept['dropped']} frames "
-        f"are dropped; a unit takes {unit['p50']:.1f} ms in the median "
+        f"stalls have cost {kept['stalls']['frames_lost']:.1f} frames (their number: {kept['stalls']['count']}), "
+        f"{kept['dropped']} frames are dropped; a unit takes {unit['p50']:.1f} ms in the median "
         f"and {unit['p99']:.1f} ms at p99 ({kept['unit_p99_over_p50']:.1f} times), memory grows by "
         f"{memory['growth_mb']:.1f} MB after the first minute ({memory['last_mb']:.0f} MB). Measured on {where(kept)}, "
         f"load average {kept['load']:.1f} on them, niceness {kept['niceness']}."

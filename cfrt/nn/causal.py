@@ -55,4 +55,5 @@ class CausalConv3d(nn.Conv3d):
         self.back = kernel[0] - 1
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:  # type: ignore[override]
+        """[B, out, T, H, W] of x [B, C, T, H, W], after the frames in the memory."""
         return super().forward(memory.extend(x, self.back))

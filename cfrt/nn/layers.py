@@ -62,6 +62,7 @@ class SelfAttention(nn.Module):
         return rotate(self.split(self.norm_k(self.k(x))), p.turn), self.split(self.v(x))
 
     def forward(self, x: Tensor, p: Pass, memory: Memory | None, answering: int) -> Tensor:
+        """What x [B, T, N, d] sees in the pass and in its memory, [B, T - answering, N, d]."""
         k, v = self.keys(x, p)  # [B, T N, H, D]
         x = x[:, answering:]
         skip = answering * x.shape[2]
@@ -112,6 +113,7 @@ class CrossAttention(nn.Module):
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor], p: Pass, answering: int) -> Tensor:
+        """What x [B, T', N, d], the frames from `answering` on, reads of the text, [B, T', N, d]."""
         q = self.norm_q(self.q(x)).view(x.shape[0], -1, self.heads, x.shape[-1] // self.heads)
         mask = None if p.text_mask is None else p.text_mask[:, answering * x.shape[2] :]
         y = attention(q, text[0].flatten(1, 2), text[1].flatten(1, 2), mask=mask, backend=p.backend)

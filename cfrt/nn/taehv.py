@@ -45,6 +45,7 @@ class Block(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, memory: Memory, batch: int) -> Tensor:
+        """[B T, C, H, W] of x [B T, C, H, W], frames of `batch` clips."""
         before = memory.extend(x.unflatten(0, (batch, -1)), 1)[:, :-1].flatten(0, 1)
         return torch.relu(self.conv(torch.cat([x, before], dim=1)) + x)
 
@@ -58,6 +59,7 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(width, times * width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[times T, C, H, W] of x [T, C, H, W]."""
         return self.conv(x).unflatten(1, (self.times, -1)).flatten(0, 1)
 
 

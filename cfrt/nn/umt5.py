@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,8 +23,10 @@ from ..checkpoint import read_torch
 from ..errors import WeightsError
 from ..tokens import Tokens
 from ..weights import match, umt5_from_official
+from .int8 import Int8Embedding, Int8Linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = (*DTYPES, "int8")
 XXL = {
     "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
     "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
@@ -42,12 +44,16 @@ class UMT5:
     @classmethod
     def load(cls, weights: Path, tokenizer: Path, length: int, *, device: str = "cpu", precision: str = "bf16") -> Self:
         """For prompts of at most `length` tokens. weights: transformers' folder (config.json, .safetensors) or the
-        official .pth; tokenizer: tokenizer.json.
+        official .pth; tokenizer: tokenizer.json. precision: one of PRECISIONS; "int8" keeps its linear maps and the
+        table of words in int8, and computes in bf16.
 
         WeightsError when they are damaged or not umT5's."""
-        dtype = DTYPES[precision]
-        model = _official(weights) if weights.is_file() else _of_transformers(weights, dtype)
-        return cls(model.to(device, dtype).eval().requires_grad_(False), Tokens(tokenizer, length))
+        if precision == "int8":
+            model = _in_int8(weights).to(device)
+        else:
+            dtype = DTYPES[precision]
+            model = (_official(weights) if weights.is_file() else _of_transformers(weights, dtype)).to(device, dtype)
+        return cls(model.eval().requires_grad_(False), Tokens(tokenizer, length))
 
     @property
     def width(self) -> int:
@@ -78,12 +84,41 @@ def _of_transformers(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _official(path: Path) -> nn.Module:
-    state = {umt5_from_official(name): tensor for name, tensor in read_torch(path).items()}
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]  # one tensor, two names
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**XXL, feed_forward_proj="gated-gelu"))
-    match({name: tuple(x.shape) for name, x in model.state_dict().items()}, state)
+    model, state = _apart(path)
     model.load_state_dict(state, assign=True)
+    return model
+
+
+def _apart(weights: Path) -> tuple[UMT5EncoderModel, dict[str, Tensor]]:
+    """The network without numbers, and the numbers, which stay on disk until they are looked at."""
+    if weights.is_file():
+        config = UMT5Config(**XXL, feed_forward_proj="gated-gelu")
+        state = {umt5_from_official(name): tensor for name, tensor in read_torch(weights).items()}
+    else:
+        try:
+            config = UMT5Config.from_pretrained(weights, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{weights} is not umT5's encoder ({_first_line(error)}); fetch it again") from error
+        state = {name: x for file in sorted(weights.glob("*.safetensors")) for name, x in read_torch(file).items()}
+    if "shared.weight" in state:
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]  # one tensor, two names
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    match({name: tuple(x.shape) for name, x in model.state_dict().items()}, state)
+    return model, state
+
+
+def _in_int8(weights: Path) -> nn.Module:
+    """A layer at a time: what is in memory is never much more than the result."""
+    model, state = _apart(weights)
+    model.shared = Int8Embedding(state["shared.weight"], torch.bfloat16)
+    model.encoder.embed_tokens = model.shared
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.Linear):
+            setattr(model.get_submodule(parent), child, Int8Linear(state[f"{name}.weight"]))
+        elif f"{name}.weight" in state and not isinstance(module, Int8Embedding):
+            module.weight = nn.Parameter(state[f"{name}.weight"].to(torch.bfloat16))
     return model
 
 

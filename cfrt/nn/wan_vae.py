@@ -53,6 +53,7 @@ class Residual(nn.Module):
         self.shortcut = nn.Conv3d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B, out, T, H, W] of x [B, channels, T, H, W]."""
         return _through(self.residual, x, memory) + self.shortcut(x)
 
 
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B, C, T, H, W] of the same; nothing is remembered."""
         frames = _frames(x)  # [B T, C, H, W]
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # [B T, H W, 3 C]
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))
@@ -84,6 +86,7 @@ class Down(nn.Module):
         self.temporal = temporal
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B, C, T', H/2, W/2] of x [B, C, T, H, W]; T' is T/2, or T where the frame rate stays."""
         x = _clips(self.resample(_frames(x)), len(x))
         if not self.temporal:
             return x
@@ -105,6 +108,7 @@ class Up(nn.Module):
         self.temporal = temporal
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """[B, C/2, T', 2 H, 2 W] of x [B, C, T, H, W]; T' is 2 T, or T where the frame rate stays."""
         if self.temporal and memory.starts:
             memory.start_later(x, self.time_conv.back)
         elif self.temporal:
@@ -130,6 +134,7 @@ class Encoder(nn.Module):
         self.head = _head(widths[-1], out)
 
     def forward(self, x: Tensor, past: State | None) -> tuple[Tensor, State]:
+        """And the state for the next call; `past` is that of the call before, None where the clip starts."""
         memory = Memory(past)
         x = self.conv1(x, memory)
         for part in (self.downsamples, self.middle, self.head):
@@ -155,6 +160,7 @@ class Decoder(nn.Module):
         self.head = _head(widths[0], 3)
 
     def forward(self, z: Tensor, past: State | None) -> tuple[Tensor, State]:
+        """And the state for the next call; `past` is that of the call before, None where the clip starts."""
         memory = Memory(past)
         x = self.conv1(z, memory)
         for part in (self.middle, self.upsamples, self.head):

@@ -1,10 +1,10 @@
 """The runtimes side by side: each a call that does the timed work once and gives x0 as an array.
 
-Our engines (`native`, `torch`, and `onnx` on an exported bundle) keep a ring: the past is committed once and read in place. The others have no state, so
-past keys and values are inputs and the unit's own are outputs (`functional.Step`, through ONNX). They are given the
-best that form allows: inputs that are never copied by the host, in the layout [1, H, P, D] that attention wants, bf16
-where the runtime computes in bf16, values from fp64; and for the student a past that the host overwrites in place, one
-unit at a time, since attention does not ask for order.
+Our engines (`native`, `torch`, and `onnx` on an exported bundle) keep a ring: the past is committed once and read in
+place. The others have no state, so past keys and values are inputs and the unit's own are outputs (`functional.Step`,
+through ONNX). They are given the best that form allows: inputs that are never copied by the host, in the layout
+[1, H, P, D] that attention wants, bf16 where the runtime computes in bf16, values from fp64; and for the student a past
+that the host overwrites in place, one unit at a time, since attention does not ask for order.
 """
 
 import logging
@@ -19,7 +19,6 @@ import torch
 from cfrt import flow
 from cfrt.bundle import Bundle
 from cfrt.engines import Engine, Latents, Spec, choose
-
 from cfrt.weights import load_model
 
 from . import functional

@@ -22,8 +22,8 @@ def normal(seed: int, *shape: int) -> Array:
 
 def formula(q: Array, k: Array, v: Array, q_sink: Array, sinks: int) -> Array:
     """softmax(q k^T / sqrt(D)) v in fp64, [N, H, D]; the first keys are looked at by q_sink."""
-    q, k, v, q_sink = (x.astype(np.float64) for x in (q, k, v, q_sink))
-    scores = [np.einsum("nhd,mhd->hnm", *x) for x in ((q_sink, k[:sinks]), (q, k[sinks:]))]
+    q, k, v, q_sink = (x.astype(np.float64).transpose(1, 0, 2) for x in (q, k, v, q_sink))  # [H, N, D]
+    scores = [a @ b.transpose(0, 2, 1) for a, b in ((q_sink, k[:, :sinks]), (q, k[:, sinks:]))]
     scores = np.concatenate(scores, axis=-1) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("hnm,mhd->nhd", weights / weights.sum(axis=-1, keepdims=True), v)
+    return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(1, 0, 2)

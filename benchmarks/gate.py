@@ -6,7 +6,8 @@
 
 A gate is a ratio to a peer that ran in turns with it, one thread each, or a time of the paced stream over the time
 there is for it; so it holds on a slower machine. What falls short is measured again, `repeats` times in all, and the
-best counts: what else the machine does can only make a number worse. Gates stand at about 70 % of what was measured.
+best counts: what else the machine does can only make a number worse. Gates stand at about three quarters of the lowest
+that an idle machine has measured, of two generations of processors (results/gates.jsonl).
 
 Kinds: `speedup` (time of `peer` over time of `engine`, `bench_cpu`'s workloads), `attention` (one layer against
 PyTorch's fused attention), `sub_frame` (latency p95 x fps) and `real_time` (unit p95 / unit duration), the last two of

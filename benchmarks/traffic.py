@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # whose cases thes
 
 import test_cuda_append as append
 import test_cuda_attention as attention
+import test_cuda_combine as combine
 import test_cuda_pixels as pixels
 import test_cuda_quantise as quantise
 import test_cuda_renoise as renoise
@@ -59,5 +60,6 @@ def _reports() -> Iterator[Report]:
     for dtype in pixels.DTYPES:
         yield pixels.run(pixels.picture(1, 4096, dtype), dtype)[1]
         yield from (renoise.run(dtype, 4096, offset)[2] for offset in (0, 1))
+    yield combine.combined(4096)
     yield quantise.quantised(attention.normal(0, 4, 1024), 1024)[2]
     yield quantise.scaled([attention.normal(0, 64, 128)], 128, 448)[1]

@@ -16,7 +16,7 @@ from .config import PRESETS, ModelConfig
 from .errors import CfrtError
 from .weights import WEIGHTS_FILE, read_config
 
-PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "tensorrt-rtx")
+PACKAGES = ("numpy", "av", "safetensors", "tqdm", "tyro", "torch", "onnxruntime", "cuda-python", "tensorrt-rtx")
 VARIABLES = ("CFRT_ENGINE", "CFRT_ISA", "CFRT_CACHE", "CFRT_LOG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 PROBED = 0.5
@@ -163,7 +163,10 @@ def _cuda() -> dict[str, Any] | None:
 
 def _cuda_line(cuda: dict[str, Any] | None) -> str:
     if cuda is None:
-        return "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too"
+        return (
+            "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too, with "
+            "NVIDIA's compiler wheels of CUDA 13, whose kernels want driver 580 or newer"
+        )
     archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
     return f"CUDA {cuda['version']} for {archs}; wants NVIDIA driver {cuda['driver']} or newer"
 

@@ -36,9 +36,9 @@ class Draft:
         self._made.add(name)
         if written[:1] == [key] and path.is_file() and written[1:] == [sha256(path)]:
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(part)
             with part.open("rb") as file:
                 os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """ONNX graphs, built node by node, and what a graph must keep to before anything may run it.
 
 A graph is built for one format of numbers. Weights are initializers of that format, linear layers are products with a
-transposed weight whose node carries the layer's name, so that a quantiser finds each by it (export/quantize.py). Only
+transposed weight whose node carries the layer's name, so that a quantiser finds each by it. Only
 the standard operators: an engine builder aborts on others, and ONNX Runtime has none of them either.
 """
 

@@ -179,7 +179,8 @@ def tools() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments."""
+    """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments, 130
+    interrupted."""
     options = tyro.cli(Options, prog="python -m export.onnx", args=argv)
     try:
         export = plan(options, options.precision)
@@ -190,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CfrtError as error:
         print(f"export.onnx: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("export.onnx: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     print(finished(manifest, options.out))
     return 0
 

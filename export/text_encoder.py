@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,12 @@ class TextEncoder:
         """How far the encoder in a bundle's folder was verified, and with what result. ExportError when it is wrong.
 
         Small ones against `transformers`, in fp32 with the same rounded weights; one of several gigabytes, which would
-        take four times its size in memory, only for finite rows."""
+        take four times its size in memory, only for finite rows, and any where that library is not installed."""
         ids = np.arange(min(16, self.length, self.shape.vocab_size))
         (rows,) = session(folder / GRAPH).run(["rows"], {"ids": ids})
         if not np.isfinite(rows).all():
             raise ExportError("verification failed: the text encoder gives rows that are not finite")
-        if self.bytes > SMALL:
+        if self.bytes > SMALL or find_spec("transformers") is None:
             return {"level": "finite rows"}
         expected = reference(self.shape, self.tensors, ids)
         error = float(np.linalg.norm(rows - expected) / np.linalg.norm(expected))

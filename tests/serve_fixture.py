@@ -47,10 +47,10 @@ class Served:
 
 
 @contextmanager
-def running(*, token: str | None = None, port: int = 0, **options: Any) -> Iterator[Served]:
+def running(*, token: str | None = None, **options: Any) -> Iterator[Served]:
     make, card = streams(threads=1)
     app = create_app(make, card, token=token, hosts=HOSTS, addresses=["127.0.0.1"], **options)
-    config = settings(app, "127.0.0.1", port)
+    config = settings(app, "127.0.0.1", 0)
     socket = listen(config)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
@@ -74,9 +74,9 @@ def tool(*names: str) -> str:
 
 
 @contextmanager
-def process(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def process(port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`cfrt serve` as a process of its own, and its address."""
-    command = [sys.executable, "-m", "cfrt", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "cfrt", "serve", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-from ptxsim import EVERY_SCHEDULE, Memory, Options
+from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 from simulated_cuda import simulated
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
 
 A, B = 0.3, -1.7
 
 
-def combined(count: int, options: Options = Options(), *, into: str = "out") -> None:  # noqa: B008
+def combined(count: int, options: Options = Options(), *, into: str = "out") -> Report:  # noqa: B008
     """out = a x + b y, exactly as fp32 numbers do it, and not a number further."""
     numbers = np.random.default_rng(count)
     x, y = (numbers.normal(size=count).astype(np.float32) for _ in range(2))
@@ -22,6 +22,7 @@ def combined(count: int, options: Options = Options(), *, into: str = "out") -> 
         cuda.combine(**addresses, a=A, b=B, count=count, stream=0)
     assert cuda.report.clean, cuda.report
     np.testing.assert_array_equal(buffers[into].array, expected)
+    return cuda.report
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 1021, 5000])

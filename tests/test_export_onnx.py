@@ -433,6 +433,18 @@ def test_a_wish_that_cannot_be_met_says_why(
     assert not (tmp_path / "b").exists()
 
 
+def test_an_interrupted_export_says_how_to_go_on(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx, "save", interrupted)
+    assert main(arguments(tmp_path)) == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_an_occupied_place_is_refused(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bundle").mkdir()
     assert main(arguments(tmp_path)) == 1

@@ -68,6 +68,60 @@ def test_the_chain_is_as_exact_as_pytorch_in_fp32(geometry: dict) -> None:
     assert errors["onnx"] ** 0.5 <= 2 * errors["torch"] ** 0.5 < 1e-4
 
 
+@pytest.mark.parametrize("geometry", [{}, {"unit": 2, "window": 4, "sinks": 2}], ids=str)
+@pytest.mark.parametrize("towards", ["onnx", "torch"])
+def test_what_it_remembers_goes_to_another_engine_and_back(geometry: dict, towards: str) -> None:
+    """Portable snapshots: keys, values and the decoder's state, in the one form that all engines read. Heads of 12
+    numbers lie among zeros here, and nowhere else."""
+    config = small_config(**geometry)
+    engines = {"onnx": onnx_engine(config), "torch": TorchEngine()}
+    engines["torch"].prepare(Spec(config=config, weights=random_weights(config), seed=5, precision="fp32"))
+    rows = np.random.default_rng(1).standard_normal((4, 16)).astype(np.float32)
+    for each in engines.values():
+        each.set_text(rows)
+    source, target = engines.pop("torch" if towards == "onnx" else "onnx"), engines.pop(towards)
+    first = 7
+    for unit in range(first):
+        x = source.noise(unit, 0)
+        source.decode(x)
+        source.commit(x, unit)
+    frames = [f for span in config.geometry.visible_frames(first) for f in range(*span)]
+    target.recall(source.memory(frames))
+    for unit in range(first, first + 2):
+        x = source.host(source.noise(unit, 0))
+        made = [
+            (e.host(e.denoise(e.place(x), 800.0, unit)), e.decode(e.place(x)).astype(int)) for e in (source, target)
+        ]
+        assert np.linalg.norm(made[0][0] - made[1][0]) < 1e-5 * np.linalg.norm(made[0][0])
+        assert np.abs(made[0][1] - made[1][1]).max() <= 1
+        for each in (source, target):
+            each.commit(each.place(x), unit)
+
+
+def test_a_twin_shares_the_graphs_and_nothing_else() -> None:
+    config = small_config()
+    engine = onnx_engine(config)
+    engine.set_text(np.ones((4, 16), np.float32))
+    engine.commit(engine.noise(0, 0), 0)
+    twin, fresh = engine.twin(), onnx_engine(config)
+    for each in (twin, fresh):
+        each.set_text(np.zeros((4, 16), np.float32))
+    x = fresh.noise(0, 0)
+    np.testing.assert_array_equal(twin.denoise(x, 900.0, 0), fresh.denoise(x, 900.0, 0))
+    before = engine.noise(1, 0)
+    twin.reseed(6)
+    assert (twin.noise(1, 0) != before).any()
+    np.testing.assert_array_equal(engine.noise(1, 0), before)
+
+
+def test_a_decoders_state_keeps_its_order() -> None:
+    """As the ports count, not as the segments named them: a first latent frame does not write all of it."""
+    engine = onnx_engine(small_config())
+    device = engine._on
+    device.buffers |= {f"state.{i}": np.full(1, i, np.float32) for i in (10, 2, 0, 1)}
+    assert [int(array[0]) for array in device.fetch("state.")] == [0, 1, 2, 10]
+
+
 def test_a_bundle_streams(bundle: Path) -> None:
     """By its folder's name alone, and close to the student that it was made of, whose weights it rounds to bf16."""
     with cfrt.Stream(PROMPT, model=bundle, seed=7, fps="max") as stream:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,7 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from prometheus_client.parser import text_string_to_metric_families
 from serve_fixture import OTHER, PROMPT, Served, process, running, tool
 
+from cfrt.errors import EngineError
 from cfrt.picture import png
 from cfrt.serve import formats, rtc
 from cfrt.serve.client import Client, ServerError
@@ -151,6 +153,13 @@ def test_restart_begins_again_with_the_same_pictures(client: Client) -> None:
         frames.close()
 
 
+def test_words_that_the_model_does_not_know_are_told(served: Served) -> None:
+    name = served.new("a red sqare")
+    assert served.state(name)["notes"] == ["the model does not know 'sqare' (did you mean 'square'?)"]
+    assert served.patch(name, prompt=OTHER)["notes"] == []
+    served.http.delete(f"/streams/{name}")
+
+
 def test_a_stream_from_a_picture(client: Client) -> None:
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     picture[:, :, 1] = 180
@@ -186,6 +195,19 @@ def test_a_jpeg_keeps_the_edges_of_colours() -> None:
     pixels[8:21, 8:21] = (230, 30, 20)
     worst = np.abs(formats.read_jpeg(formats.jpeg(pixels)).astype(int) - pixels).max()
     assert worst < 24  # with half the chroma it is about 100
+
+
+def test_a_viewer_may_leave_while_his_frame_is_encoded() -> None:
+    """FFmpeg's objects are not for two threads at once; without the lock this ends the process."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for _ in range(5):
+        film = formats.Fragments(16, 8)
+        film.add(pixels, 0)
+        with ThreadPoolExecutor(1) as pool:
+            pieces = [pool.submit(film.add, pixels, tick) for tick in range(1, 6)]
+            pieces[0].result()
+            film.finish()
+        assert pieces[-1].result() == b""
 
 
 def test_a_recording_is_what_was_shown(served: Served, name: str) -> None:
@@ -407,7 +429,7 @@ def test_an_idle_stream_is_closed() -> None:
 def test_requests_are_rationed() -> None:
     with running(limits=Limits(messages_per_second=2, creations_per_minute=6)) as served:
         name = served.new()
-        answers = [served.http.patch(f"/streams/{name}", json={"paused": True}) for _ in range(8)]
+        answers = [served.http.patch(f"/streams/{name}", json={"paused": True}) for _ in range(16)]
         refused = [answer for answer in answers if answer.status_code == 429]
         assert len(refused) >= 3
         assert int(refused[0].headers["retry-after"]) >= 1
@@ -523,6 +545,22 @@ def test_a_failure_of_our_own_shows_no_traceback(served: Served, name: str, monk
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "the server's log" in answer.json()["error"]["do"]
+
+
+def test_a_stream_that_fails_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise EngineError("the device is gone; plug it in")
+
+    monkeypatch.setattr("cfrt.serve.session.Shot", broken)
+    name = served.new()
+    eventually(lambda: served.state(name)["error"] == "the device is gone; plug it in")
+    with served.live(name) as socket:
+        assert json.loads(socket.recv(timeout=10))["error"] == "the device is gone; plug it in"
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            socket.recv(timeout=10)
+    refused = served.http.patch(f"/streams/{name}", json={"paused": True})
+    assert refused.status_code == 410
+    assert "the device is gone" in refused.json()["error"]["got"]
 
 
 def test_the_command_serves_and_ends() -> None:

@@ -30,12 +30,13 @@ async def watch(url: str, seconds: float, ticks: list[int]) -> None:
                 ticks.append(int.from_bytes(message[8:12], "little"))
 
 
-async def stall(host: str, port: int, name: str, seconds: float) -> None:
-    """A viewer that asks for the most and reads nothing."""
-    _, writer = await asyncio.open_connection(host, port, limit=1)
-    writer.write(f"GET /streams/{name}/frames?scale=16 HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-    await asyncio.sleep(seconds)
-    writer.close()
+async def stall(host: str, port: int, name: str, seconds: float, patience: float) -> None:
+    """Viewers that ask for the most and read nothing, one after the other."""
+    for _ in range(round(seconds / patience)):
+        _, writer = await asyncio.open_connection(host, port, limit=1)
+        writer.write(f"GET /streams/{name}/frames?scale=16 HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        await asyncio.sleep(patience)
+        writer.transport.abort()
 
 
 async def come_and_go(url: str, seconds: float) -> int:
@@ -76,7 +77,11 @@ async def everybody(url: str, names: list[str]) -> tuple[list[list[int]], Counte
     seen: list[list[int]] = [[] for _ in range(VIEWERS)]
     rude = [asyncio.create_task(come_and_go(address, SECONDS)) for address in live]
     talk = asyncio.create_task(babble(live[0], SECONDS))
-    slow = [asyncio.create_task(stall(host, int(port), name, SECONDS)) for name in names]
+    slow = [
+        asyncio.create_task(stall(host, int(port), name, SECONDS, patience))
+        for name in names
+        for patience in (SECONDS, 0.4)
+    ]
     await asyncio.gather(*(watch(live[i % STREAMS], SECONDS, seen[i]) for i in range(VIEWERS)))
     await asyncio.gather(*slow)
     return seen, await talk, list(await asyncio.gather(*rude))

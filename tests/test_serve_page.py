@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from serve_fixture import OTHER, PROMPT, Served, running, tool
+from serve_fixture import OTHER, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
 from cfrt.serve.limits import Limits
@@ -275,19 +275,22 @@ def test_the_apis_own_page(open_page: Open, served: Served, browser: Browser) ->
     assert "/streams/{id}/frames" in page.inner_text("#docs")
 
 
-def test_a_server_that_died_is_found_again(open_page: Open) -> None:
-    with running(limits=GENEROUS) as first:
-        port = first.port
-        page = open_page(first.url, tolerate="WebSocket connection|Failed to load resource")
+@pytest.mark.slow
+def test_a_server_that_was_killed_is_found_again(open_page: Open) -> None:
+    with process() as (url, server):
+        page = open_page(url, tolerate="WebSocket connection|Failed to load resource")
         say(page, OTHER)
         eventually(page, lambda: colour(page) == "blue")
         address = page.url
-    with running(limits=GENEROUS, port=port):
+        server.kill()
+        page.wait_for_selector("#link[data-state=lost]")
+    with process(port=int(url.rstrip("/").rsplit(":", 1)[1])):
         eventually(page, lambda: page.url != address)
         page.wait_for_selector("canvas.picture[data-unit]")
         assert "no longer has this stream" in page.inner_text("#toast")
         assert page.input_value("#prompt") == OTHER
         eventually(page, lambda: colour(page) == "blue")
+        page.close()
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ def url(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[str]:
 
     monkeypatch_module.setenv(HEADER, "cookie")
     monkeypatch_module.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch_module.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # a busy machine is slow to start Python
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,3 +82,14 @@ def test_a_visitor_is_given_a_room_and_a_link_leads_to_it(url: str) -> None:
         refused: Any = httpx.get(f"{url}/?room=a;b%0d%0a", follow_redirects=False)
         assert refused.status_code == 307
         assert "a;b" not in refused.headers["location"]
+
+
+def test_the_command_line_of_ray_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("ray.serve")
+    from cfrt.serve.ray import HEADER, app
+
+    monkeypatch.delenv(HEADER, raising=False)
+    with pytest.raises(ValueError, match=f"expected {HEADER}=cookie"):
+        app({"replicas": "2"})
+    monkeypatch.setenv(HEADER, "cookie")
+    assert isinstance(app({"replicas": "2", "gpus": "1", "model": "tiny", "engine": "native"}), serve.Application)

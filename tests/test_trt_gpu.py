@@ -9,10 +9,9 @@ import pytest
 import _cfrt
 import cfrt
 from cfrt.engines import gpu as module
-from cfrt.engines.gpu import Gpu
+from cfrt.engines.gpu import Gpu, Upload
 from cfrt.engines.gpu_latents import GpuLatents, Noise, Pool, Sums
 from cfrt.engines.trt import NO_ENGINES
-from cfrt.engines.trt_device import Upload
 from cfrt.flow import renoise
 from cfrt.noise import Purpose, normal
 from export.builder import TARGETS

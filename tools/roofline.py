@@ -131,8 +131,8 @@ def _summary(found: Sequence[Line]) -> list[str]:
     if beyond := by["beyond the ceiling"]:
         highest = max(line.needed for line in beyond)
         text.append(
-            f"{len(beyond)} are out of reach here: the other runtime is so fast that the target lies beyond the ceiling "
-            f"(up to {highest:.0%} of it)."
+            f"{len(beyond)} are out of reach: the other runtime is so fast that the target lies beyond the ceiling (up "
+            f"to {highest:.0%} of it)."
         )
     if missed := by["missed"]:
         low, high = (f(line.needed for line in missed) for f in (min, max))

@@ -7,6 +7,7 @@ there is a GPU is asked first (`refusal`), without touching it: several librarie
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from ctypes import c_ubyte
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,9 +61,7 @@ class Block:
     def array(self) -> np.ndarray:
         """uint8 [bytes] of pinned memory. It must not outlive this object."""
         assert self._pinned
-        from ctypes import c_ubyte
-
-        return np.frombuffer((c_ubyte * self.bytes).from_address(self.address), dtype=np.uint8)
+        return np.ctypeslib.as_array((c_ubyte * self.bytes).from_address(self.address))
 
     def free(self) -> None:
         """Gives the memory back, once; waits for the GPU, as CUDA does."""
@@ -122,6 +121,13 @@ class Stream:
         """Until everything on it is done."""
         self._gpu.call("cudaStreamSynchronize", self._stream)
 
+    def fetch(self, address: int, size: int) -> np.ndarray:
+        """uint8 bytes of the GPU, once all that is on the stream is done."""
+        out = np.empty(size, dtype=np.uint8)
+        self.copy(out.ctypes.data, address, size)
+        self.wait()
+        return out
+
     @contextmanager
     def captured(self) -> Iterator["Graph"]:
         """What is put on the stream meanwhile goes into a graph and is not done."""
@@ -160,6 +166,29 @@ class Graph:
         if self.executable is not None:
             self._gpu.call("cudaGraphExecDestroy", self.executable)
             self.executable = None
+
+
+class Upload:
+    """Pinned memory that goes to one place on the GPU again and again; some turns, so that the host runs ahead."""
+
+    def __init__(self, gpu: "Gpu", size: int, turns: int = 4) -> None:
+        self._slots: list[tuple[Block, Event]] = [(gpu.pinned(size), gpu.event()) for _ in range(turns)]
+        self._turn = 0
+
+    def send(self, stream: Stream, to: int, data: np.ndarray) -> None:
+        """uint8 bytes to an address, in the stream's order. They are copied at once, so `data` may change."""
+        memory, sent = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        sent.wait()
+        memory.array[: data.size] = data
+        stream.copy(to, memory.address, data.size)
+        stream.mark(sent)
+
+    def close(self) -> None:
+        for memory, sent in self._slots:
+            sent.wait()
+            memory.free()
+            sent.close()
 
 
 class Gpu:
@@ -216,3 +245,8 @@ class Gpu:
         words = self.runtime.cudaGetErrorString(code)[1]
         said = words.decode() if isinstance(words, bytes) else code.name
         return f"CUDA refused {name}: {said} ({code.name})"
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """uint8 [n], of an array of anything."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -99,7 +99,7 @@ class NativeEngine:
         """What "auto" means: the fastest precision that costs no quality that can be measured.
 
         The embedded student, one thread of an AMD EPYC with BF16, fused, decode included, ms a unit in fp32, bf16, int8
-        (measured on 2026-11-25): 3.6, 1.5, 1.0. By the card's own measures bf16 loses nothing to fp32, and int8 a
+        (measured on 2026-11-25): 3.6, 1.5, 1.0. By the card's own measures bf16 loses nothing to fp32, and int8 half a
         point of valid frames (benchmarks/results/quality.json), so int8 is for those who ask. Without BF16 products
         bf16 saves no time in the decoder, and fp32 is exact."""
         with _as_engine_errors():  # of a level that this CPU lacks

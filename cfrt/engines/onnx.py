@@ -6,18 +6,18 @@ It is the graphs' witness and not a fast engine: `native` is that.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnxruntime
 
-from _cfrt import Geometry, kernels
+from _cfrt import Geometry, Noise, kernels
 
-from .. import noise
 from ..bundle import OUT, TENSORS, Bundle, Port, Segment
 from ..config import ModelConfig
 from ..errors import BundleError
 from ..flow import x0_from_v
+from ..noise import Purpose
 from . import Spec
 from .native import physical_cores
 from .segmented import SegmentedEngine
@@ -165,7 +165,7 @@ class CpuDevice:
     def noise(self, unit: int, step: int) -> np.ndarray:
         config = self.config
         shape = (1, config.unit, config.latent_channels, *config.latent_grid)
-        return noise.normal(self.seed, unit, step, noise.Purpose.SAMPLE, shape)
+        return Noise(self.seed, unit, step, Purpose.SAMPLE).normal(int(np.prod(shape))).reshape(shape)
 
     def estimate(self, latents: np.ndarray, s: float) -> np.ndarray:
         x0: np.ndarray = x0_from_v(latents, self.buffers["velocity"][None], np.float32(s))
@@ -199,14 +199,17 @@ class CpuDevice:
     # ------------------------------------------------------------------ to and from the host
 
     def fetch(self, prefix: str) -> list[np.ndarray]:
-        return list(self.keep(prefix).values())
+        kept = self.keep(prefix)
+        return [kept[name] for name in sorted(kept, key=lambda name: int(name.removeprefix(prefix)))]
 
     def read_keys(self, frame: int) -> np.ndarray:
         layers = range(self.config.depth)
-        return np.stack([np.stack(self.ring.read(layer, frame)) for layer in layers])
+        keys = np.stack([np.stack(self.ring.read(layer, frame)) for layer in layers])
+        return keys[..., : self.config.head_dim].copy()  # without the zeros that heads are filled up with
 
     def write_keys(self, frame: int, keys: np.ndarray) -> None:
-        for layer, (k, v) in enumerate(keys):
+        padding = [*[(0, 0)] * 4, (0, self._head.stored - self.config.head_dim)]
+        for layer, (k, v) in enumerate(np.pad(keys, padding)):
             self.ring.write(layer, frame, np.ascontiguousarray(k), np.ascontiguousarray(v))
 
     def host(self, latents: np.ndarray) -> np.ndarray:
@@ -215,8 +218,8 @@ class CpuDevice:
     def place(self, array: np.ndarray) -> np.ndarray:
         return array
 
-    def twin(self) -> "CpuDevice":
-        twin = CpuDevice(self.config, self._norms, seed=self.seed, threads=self.threads)
+    def twin(self) -> Self:
+        twin = type(self)(self.config, self._norms, seed=self.seed, threads=self.threads)
         twin._sessions = self._sessions
         twin.buffers = {name: np.zeros_like(array) for name, array in self.buffers.items()}
         return twin

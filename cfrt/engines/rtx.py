@@ -39,7 +39,7 @@ class Log:
         log = self
         self.errors: list[str] = []
 
-        class Logger(trt.ILogger):  # type: ignore[name-defined]
+        class Logger(trt.ILogger):
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 

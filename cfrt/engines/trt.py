@@ -4,6 +4,7 @@ The schedule is `segmented.py`'s, the one that the `onnx` engine runs on a CPU; 
 What is refused is refused before the GPU is touched.
 """
 
+from hashlib import sha256
 from importlib import metadata
 from importlib.util import find_spec
 from typing import ClassVar
@@ -132,6 +133,4 @@ def device_index(device: str) -> int | None:
 
 def runtime_cache(made_of: list[str], version: str, capability: str) -> str:
     """Name of the file for what TensorRT compiles at the first run, by what it was compiled from."""
-    from hashlib import sha256
-
     return sha256("\n".join([version, capability, *made_of]).encode()).hexdigest() + ".cache"

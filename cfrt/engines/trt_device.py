@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from _cfrt import Geometry
 from _cfrt import Noise as NamedNoise
 
-from ..bundle import OUT, TENSORS, Port, Segment
+from ..bundle import OUT, STATE, Port, Segment
 from ..config import ModelConfig
 from ..errors import BundleError, EngineError
 from ..noise import Purpose
 from . import Latents
-from .gpu import Block, Event, Gpu, Graph, Stream
+from .gpu import Block, Gpu, Graph, Stream, Upload, as_bytes
 from .gpu_latents import Buffer, GpuLatents, Noise, Pool, Sums
-from .granules import Bf16, Int8, decoded, encoded
+from .granules import decoded, encoded
 from .rtx import Context, Runtime
+from .trt_ring import GpuRing
 
 DTYPES = {"FLOAT": "fp32", "BF16": "bf16", "HALF": "fp16", "UINT8": "uint8"}
 """TensorRT's names for the formats of ports."""
@@ -69,34 +69,10 @@ class Kept:
     buffers: dict[str, Buffer]
 
 
-class Upload:
-    """Pinned memory that goes to one place on the GPU again and again; some turns, so that the host runs ahead."""
-
-    def __init__(self, gpu: Gpu, size: int, turns: int = 4) -> None:
-        self._slots: list[tuple[Block, Event]] = [(gpu.pinned(size), gpu.event()) for _ in range(turns)]
-        self._turn = 0
-
-    def send(self, stream: Stream, to: int, data: np.ndarray) -> None:
-        """uint8 bytes to an address, in the stream's order. They are copied at once, so `data` may change."""
-        memory, sent = self._slots[self._turn]
-        self._turn = (self._turn + 1) % len(self._slots)
-        sent.wait()
-        memory.array[: data.size] = data
-        stream.copy(to, memory.address, data.size)
-        stream.mark(sent)
-
-    def close(self) -> None:
-        for memory, sent in self._slots:
-            sent.wait()
-            memory.free()
-            sent.close()
-
-
 class TrtDevice:
     """One stream of one bundle on one GPU. `load` every segment, then `allocate`.
 
-    kernels: `_cfrt.cuda`. tensors: `norm_q` and `norm_k` [layers, d] of the fused append, and where the ring is to be
-    of 8 bits `v_scale` [layers, d]."""
+    kernels: `_cfrt.cuda`. tensors: what a bundle holds outside its graphs (`trt_ring.GpuRing`)."""
 
     def __init__(
         self,
@@ -117,6 +93,7 @@ class TrtDevice:
         self._graphs: dict[str, Graph | None] = {}
         self._owned: list[Block] = []
         self._pool, self._kept = Pool(gpu), Pool(gpu)  # of the main stream, and of the decoder's
+        self._ring: GpuRing | None = None
         count = config.unit * config.latent_channels * prod(config.latent_grid)
         self._sums = Sums(kernels, self._pool, self._main, count, self._named_noise)
         self._holding: Latents = None  # whose sum the buffer `latents` is
@@ -150,10 +127,19 @@ class TrtDevice:
             self._buffers[name] = Ports(size, port.shape, port.dtype, halves)
         for decoders in (False, True):
             self._share_scratch([c for name, (_, c) in self._segments.items() if (name in DECODERS) == decoders])
-        self._allocate_ring()
+        self._ring = GpuRing(self._config, self._tensors, self._gpu, self._kernels, self._main)
         pixels = self._config.autoencoder.temporal * 3 * prod(self._config.frame_size)
         self._pixels, self._host_pixels = self._memory(pixels), self._gpu.pinned(pixels)
         self._owned.append(self._host_pixels)
+
+    @property
+    def ring(self) -> Any:
+        return self._gpu_ring.plan
+
+    @property
+    def _gpu_ring(self) -> "GpuRing":
+        assert self._ring is not None, "load, then allocate"
+        return self._ring
 
     def _memory(self, size: int) -> Block:
         memory = self._gpu.memory(size)
@@ -166,58 +152,12 @@ class TrtDevice:
         for context in contexts:
             context.set_scratch(memory.address, memory.bytes)
 
-    def _allocate_ring(self) -> None:
-        config, geometry = self._config, self._config.geometry
-        self._int8 = "v_scale" in self._tensors
-        self._granules = (Int8 if self._int8 else Bf16)(config.frame_tokens, config.heads, config.head_dim)
-        shape = Geometry(unit=geometry.unit, window=geometry.window, sinks=geometry.sinks)
-        self.ring = self._kernels.Ring(
-            shape,
-            frame_tokens=config.frame_tokens,
-            layers=config.depth,
-            heads=config.heads,
-            dim=config.head_dim,
-            int8=self._int8,
-        )
-        self._rows = config.unit * config.frame_tokens
-        self._keys = self._memory(self.ring.bytes)
-        self._main.zero(self._keys.address, self._keys.bytes)
-        self._record = self._memory(self._kernels.record_bytes)
-        self._norms = {name: self._placed(name, _bf16) for name in ("norm_q", "norm_k")}
-        self._value_scales = self._placed("v_scale", _fp32) if self._int8 else None
-        full = [(0, config.frame_tokens)] * (config.window + config.sinks)
-        self._splits, floats = self._kernels.plan(
-            queries=self._rows,
-            heads=config.heads,
-            dim=config.head_dim,
-            pieces=full,
-            processors=self._kernels.processors(self._gpu.index),
-        )
-        self._partial = self._memory(4 * floats)
-        numbers, scales = self._rows * config.width, self._rows * config.heads if self._int8 else 0
-        self._q, self._q_sink = (self._memory(numbers * (1 if self._int8 else 2)) for _ in range(2))
-        self._q_scale, self._q_sink_scale = (self._memory(4 * scales) for _ in range(2))
-        self._unrounded = self._memory(2 * numbers if self._int8 else 0)
-
-    def _placed(self, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> Block:
-        """A tensor [layers, d] on the GPU."""
-        shape = (self._config.depth, self._config.width)
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.shape != shape:
-            got = "nothing" if tensor is None else tensor.shape
-            raise BundleError(f"expected {name} {shape} in {TENSORS}, got {got}; export the bundle again")
-        data = _bytes(convert(tensor))
-        memory, upload = self._memory(data.size), Upload(self._gpu, data.size, turns=1)
-        upload.send(self._main, memory.address, data)
-        upload.close()
-        return memory
-
     # ------------------------------------------------------------------ a pass
 
     def put(self, name: str, value: Latents | np.ndarray, frame: int | None = None) -> None:
         stream, buffer = self._stream_of(name), self._buffers[name]
         if isinstance(value, np.ndarray):
-            self._send(name, stream, buffer.address, _bytes(encoded(value, buffer.dtype)))
+            self._send(name, stream, buffer.address, as_bytes(encoded(value, buffer.dtype)))
         elif frame is None:
             self._sums.into(buffer.address, value)
             self._holding = value
@@ -228,8 +168,7 @@ class TrtDevice:
             self._lent = whole  # until the pixels are on the host, when the copy has surely been made
 
     def open(self, unit: int) -> None:
-        opened = self.ring.open(unit, self.seed)
-        self._send("record", self._main, self._record.address, np.frombuffer(opened.record, dtype=np.uint8))
+        self._gpu_ring.open(unit, self.seed, self._main)
 
     def replay(self, name: str, work: Callable[[], None]) -> None:
         """The first time it is done call by call, since engines compile and allocate when they first run; then it is
@@ -259,75 +198,10 @@ class TrtDevice:
             self._video = next(port for port in description.outputs if port.name == "video")
 
     def append(self, layer: int) -> None:
-        config, width = self._config, 2 * self._config.width  # bytes of one row's q
-        q, (k, v, k_scale) = self._buffers["qkv"].address, self._layer(layer)
-        rows, columns = config.token_grid
-        sinks = config.sinks > 0 and config.sink_position == "relative"
-        self._kernels.append(
-            **self._storage(layer, k_scale),
-            q=q,
-            k=q + width,
-            v=q + 2 * width,
-            stride=3 * config.width,
-            q_weight=self._norms["norm_q"].address + layer * width,
-            k_weight=self._norms["norm_k"].address + layer * width,
-            q_out=self._q.address,
-            q_sink_out=self._q_sink.address if sinks else 0,
-            k_out=k,
-            v_out=v,
-            scratch=self._unrounded.address if self._int8 else 0,
-            heads=config.heads,
-            dim=config.head_dim,
-            frames=config.unit,
-            rows=rows,
-            columns=columns,
-            last_sink_view=config.trained_frames - 1,
-            record=self._record.address,
-            pairs=config.rope_pairs,
-            theta=config.rope_theta,
-            eps=config.eps,
-            stream=self._main.handle,
-        )
+        self._gpu_ring.append(layer, self._buffers["qkv"].address, self._main)
 
     def attend(self, layer: int) -> None:
-        config = self._config
-        k, v, k_scale = self._layer(layer)
-        sinks = config.sinks > 0 and config.sink_position == "relative"
-        self._kernels.attention(
-            **self._storage(layer, k_scale),
-            q=self._q.address,
-            q_sink=self._q_sink.address if sinks else 0,
-            k=k,
-            v=v,
-            out=self._buffers["attended"].address,
-            scratch=self._partial.address if self._splits > 1 else 0,
-            q_stride=config.width,
-            out_stride=config.width,
-            queries=self._rows,
-            heads=config.heads,
-            dim=config.head_dim,
-            splits=self._splits,
-            record=self._record.address,
-            scale=config.head_dim**-0.5,
-            stream=self._main.handle,
-        )
-
-    def _layer(self, layer: int) -> tuple[int, int, int]:
-        """Addresses of a layer's keys, values and scales of keys."""
-        k, v, k_scale = self.ring.layer(layer)
-        return self._keys.address + k, self._keys.address + v, self._keys.address + k_scale
-
-    def _storage(self, layer: int, k_scale: int) -> dict[str, Any]:
-        """What the kernels are told of the ring's format."""
-        if self._value_scales is None:
-            return {"storage": "bf16"}
-        return {
-            "storage": "int8",
-            "q_scale": self._q_scale.address,
-            "q_sink_scale": self._q_sink_scale.address,
-            "k_scale": k_scale,
-            "v_scale": self._value_scales.address + 4 * layer * self._config.width,
-        }
+        self._gpu_ring.attend(layer, self._buffers["attended"].address, self._main)
 
     def _read_at(self, port: Port) -> int:
         row = 0 if port.row is None else port.row * prod(port.shape) * BYTES[port.dtype]
@@ -393,67 +267,44 @@ class TrtDevice:
 
     def state(self) -> tuple[list[int], np.ndarray]:
         """On the host: a ring is larger than what else the GPU has room for."""
-        held = self._fetched(self._main, self._keys.address, self._keys.bytes)
+        state = self._gpu_ring.state(self._main)
         self._decode.wait()
-        return self.ring.state(), held
+        return state
 
     def load_state(self, state: Any) -> None:
-        frames, held = state
-        self.ring.load(frames)
-        self._main.copy(self._keys.address, held.ctypes.data, held.nbytes)
-        self._main.wait()
+        self._gpu_ring.load(state, self._main)
 
     # ------------------------------------------------------------------ to and from the host
 
     def fetch(self, prefix: str) -> list[np.ndarray]:
         named = self._named(prefix).values()
-        return [decoded(self._fetched(self._decode, b.address, b.bytes), b.dtype).reshape(b.shape) for b in named]
+        return [decoded(self._decode.fetch(b.address, b.bytes), b.dtype).reshape(b.shape) for b in named]
 
     def read_keys(self, frame: int) -> np.ndarray:
-        return np.stack([self._granules.unpack(*self._frame(layer, frame)) for layer in range(self._config.depth)])
+        return self._gpu_ring.read(frame, self._main)
 
     def write_keys(self, frame: int, keys: np.ndarray) -> None:
-        for layer, (k, v) in enumerate(keys):
-            parts = self._granules.pack(k, v, self._scales_of(layer))
-            for (address, _), part in zip(self._places(layer, frame), parts, strict=True):
-                data = _bytes(part)
-                self._send(f"keys {data.size}", self._main, address, data)
+        self._gpu_ring.write(frame, keys, self._main)
 
     def host(self, latents: Latents) -> np.ndarray:
         config, held = self._config, self._sums.single(latents)
-        found = self._fetched(self._main, held.memory.address, held.memory.bytes).view(np.float32)
+        found = self._main.fetch(held.memory.address, held.memory.bytes).view(np.float32)
         return found.reshape(1, config.unit, config.latent_channels, *config.latent_grid)
 
     def place(self, array: np.ndarray) -> GpuLatents:
         out = self._sums.new()
-        self._send("placed", self._main, out.memory.address, _bytes(array))
+        self._send("placed", self._main, out.memory.address, as_bytes(array))
         return GpuLatents({out: 1.0})
 
     def twin(self) -> "TrtDevice":
         twin = TrtDevice(self._config, self._tensors, self._gpu, self._runtime, self._kernels, seed=self.seed)
         twin._segments = {name: (segment, context.twin()) for name, (segment, context) in self._segments.items()}
-        twin.allocate()
+        try:
+            twin.allocate()
+        except BaseException:
+            twin.close()
+            raise
         return twin
-
-    def _fetched(self, stream: Stream, address: int, size: int) -> np.ndarray:
-        """Bytes of the GPU, once all that was to be done on the stream is done."""
-        out = np.empty(size, dtype=np.uint8)
-        stream.copy(out.ctypes.data, address, size)
-        stream.wait()
-        return out
-
-    def _places(self, layer: int, frame: int) -> list[tuple[int, int]]:
-        """Address and bytes of a frame's keys, values and, in 8 bits, scales of keys."""
-        starts, sizes = self._layer(layer), self._granules.sizes
-        slot = self._config.geometry.slot(frame)
-        return [(start + slot * size, size) for start, size in zip(starts, sizes, strict=False) if size]
-
-    def _frame(self, layer: int, frame: int) -> list[np.ndarray]:
-        parts = [self._fetched(self._main, address, size) for address, size in self._places(layer, frame)]
-        return parts if self._value_scales is None else [*parts, self._scales_of(layer)]
-
-    def _scales_of(self, layer: int) -> np.ndarray | None:
-        return self._tensors["v_scale"][layer] if self._int8 else None
 
     def close(self) -> None:
         """Waits for what is running, then gives all memory back."""
@@ -469,6 +320,8 @@ class TrtDevice:
             upload.close()
         self._pool.close()
         self._kept.close()
+        if self._ring is not None:
+            self._ring.close()
         for memory in self._owned:
             memory.free()
         for stream in (self._main, self._decode):
@@ -478,7 +331,7 @@ class TrtDevice:
 
     def _stream_of(self, name: str) -> Stream:
         """The decoder's buffers belong to its stream."""
-        return self._decode if name in ("latent", "video") or name.startswith("state.") else self._main
+        return self._decode if name in ("latent", "video") or name.startswith(STATE) else self._main
 
     def _named(self, prefix: str) -> dict[str, Ports]:
         return {name: buffer for name, buffer in self._buffers.items() if name.startswith(prefix)}
@@ -495,15 +348,3 @@ class TrtDevice:
 def _in(segment: Segment, port: Port) -> bool:
     """Does the segment replace the contents of this output's buffer?"""
     return any(read.name == port.name for read in segment.inputs)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _fp32(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32, copy=False)
-
-
-def _bf16(array: np.ndarray) -> np.ndarray:
-    return encoded(array, "bf16")

@@ -4,38 +4,32 @@ every error is an answer (`cfrt.serve.refusal`), never a traceback."""
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from http import HTTPStatus
-from pathlib import Path
 from secrets import token_hex
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, Query, Request, Response, WebSocket
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from ..encoders import COMFORTABLE_SIDE
 from ..errors import CfrtError
-from . import formats, messages
-from .broadcast import Viewer
+from . import messages
 from .guard import Guard, answer
 from .limits import Limits, Meter
-from .live import Live
-from .metrics import exposition
 from .refusal import Refusal, of_library
 from .registry import Registry
+from .routes import PAGE, ROUTERS, Server
 from .rtc import Peers
-from .session import Make, Session
+from .session import Make
 
 log = logging.getLogger(__name__)
-
-PAGE = Path(__file__).parent / "page"
 
 SEND_BUFFER = 64 << 10
 """Bytes that the kernel keeps for a connection; left to itself it keeps megabytes, minutes of a small video: a slow
@@ -93,9 +87,17 @@ def create_app(
         redoc_url=None,
         responses=ERRORS,
     )
-    app.state.sessions = sessions
+    app.state.server = Server(
+        sessions=sessions,
+        peers=peers,
+        limits=limits,
+        card=messages.ModelCard(**card, limits=asdict(limits)),
+        making=Meter(limits.creations_per_minute / 60, burst=limits.creations_per_minute / 3),
+        steering=Meter(limits.messages_per_second, burst=2 * limits.messages_per_second),
+    )
     _answer_errors(app)
-    _routes(app, sessions, peers, limits, messages.ModelCard(**card, limits=asdict(limits)))
+    for router in ROUTERS:
+        app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_middleware(Guard, limits=limits, token=token, hosts=hosts)
     return app
@@ -131,184 +133,7 @@ def listen(config: uvicorn.Config) -> socket.socket:
     return bound
 
 
-def _routes(app: FastAPI, sessions: Registry, peers: Peers, limits: Limits, card: messages.ModelCard) -> None:
-    making = Meter(limits.creations_per_minute / 60, burst=limits.creations_per_minute / 3)
-    steering = Meter(limits.messages_per_second, burst=2 * limits.messages_per_second)
-
-    def session(name: str) -> Session:
-        return sessions.get(name)
-
-    def steered(request: Request, name: str) -> Session:
-        steering.pay(request)
-        return sessions.get(name)
-
-    def may_make(request: Request) -> None:
-        making.pay(request)
-
-    Named = Annotated[Session, Depends(session)]
-    Steered = Annotated[Session, Depends(steered)]
-    MayMake = Depends(may_make)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(PAGE / "api.html", headers={"cache-control": "no-cache"})
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> FileResponse:
-        return FileResponse(PAGE / "icon.svg", media_type="image/svg+xml")
-
-    @app.get("/healthz", tags=["server"])
-    async def healthz() -> dict[str, str | int]:
-        """Is the server alive?"""
-        return {"status": "ok", "streams": len(list(sessions))}
-
-    @app.get("/metrics", tags=["server"], response_class=Response)
-    async def metrics() -> Response:
-        """Prometheus' text format."""
-        return Response(exposition(sessions), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/model", tags=["server"])
-    async def model() -> messages.ModelCard:
-        """What this server streams, and its limits."""
-        return card
-
-    @app.post("/streams", status_code=201, tags=["streams"], dependencies=[MayMake])
-    async def make_stream(wish: messages.NewStream) -> messages.StreamState:
-        """A new stream. It plays while somebody watches."""
-        check_length(wish.prompt, limits)
-        made = await sessions.new(wish.prompt, wish.seed, wish.paused)
-        return messages.StreamState.model_validate(made.state(), strict=False)
-
-    @app.get("/streams/{name}", tags=["streams"])
-    async def read_stream(session: Named) -> messages.StreamState:
-        """What it shows, how far one can rewind, who watches, and its measurements."""
-        session.touch()
-        return messages.StreamState.model_validate(session.state(), strict=False)
-
-    @app.patch("/streams/{name}", tags=["streams"])
-    async def steer_stream(request: Request, session: Steered, wish: messages.Control) -> messages.Changed:
-        """Steer it: prompt, pause, step, rewind, seed, restart. `change.unit` is the first unit of a new prompt."""
-        if wish.restart:
-            making.pay(request)
-        change = await asyncio.to_thread(session.control, wish)
-        told = None if change is None else asdict(change)
-        return messages.Changed.model_validate({**session.state(), "change": told}, strict=False)
-
-    @app.delete("/streams/{name}", status_code=204, tags=["streams"])
-    async def close_stream(session: Steered) -> None:
-        """Ends it for everybody."""
-        await sessions.remove(session)
-
-    @app.post("/streams/{name}/branch", status_code=201, tags=["streams"], dependencies=[MayMake])
-    async def branch_stream(session: Steered) -> messages.StreamState:
-        """A second stream that goes on from what this one shows: two futures of one past."""
-        twin = await sessions.branch(session)
-        return messages.StreamState.model_validate(twin.state(), strict=False)
-
-    @app.post("/streams/{name}/image", tags=["streams"], dependencies=[MayMake], openapi_extra=_picture_body(limits))
-    async def start_from_picture(request: Request, session: Steered) -> messages.StreamState:
-        """Starts it anew from a picture (the body: PNG, JPEG or WebP), with the present prompt and seed."""
-        size = (card.height, card.width)
-        image = await asyncio.to_thread(formats.picture, await request.body(), size, limits.image_pixels)
-        await asyncio.to_thread(session.start_from, image)
-        return messages.StreamState.model_validate(session.state(), strict=False)
-
-    @app.get("/streams/{name}/frames", tags=["watching"], response_class=StreamingResponse)
-    async def frames(
-        session: Named,
-        format: Literal["mp4", "mjpeg"] = "mp4",
-        scale: Annotated[int | None, Query(ge=1, le=16, description="mp4: enlarge by this factor")] = None,
-    ) -> StreamingResponse:
-        """The video from now on: fragmented mp4 (H.264) for players, or multipart JPEG for <img>."""
-        viewer = Viewer(format, jpeg=format == "mjpeg")
-        session.enter(viewer)
-        if format == "mjpeg":
-            media_type, body = f"multipart/x-mixed-replace; boundary={formats.BOUNDARY}", mjpeg(viewer)
-        else:
-            smallest = min(card.height, card.width)
-            factor = max(1, -(-COMFORTABLE_SIDE // smallest)) if scale is None else scale
-            media_type, body = "video/mp4", mp4(viewer, session.fps, factor)
-        return Watching(body, media_type=media_type, leave=lambda: session.leave(viewer))
-
-    @app.post("/streams/{name}/webrtc", tags=["watching"])
-    async def webrtc(session: Steered, offer: messages.Offer) -> messages.Offer:
-        """WebRTC: a browser's offer to receive video in, the answer out. No trickle, no STUN."""
-        return await peers.answer(session, offer)
-
-    @app.websocket("/streams/{name}/live")
-    async def live(socket: WebSocket, name: str) -> None:
-        await Live(socket, sessions, steering, making).run(name)
-
-    @app.post("/streams/{name}/recording", status_code=201, tags=["recording"])
-    async def start_recording(session: Steered) -> messages.RecordingState:
-        """Records what is shown from now on. It replaces the last recording and stops by itself at its limit."""
-        return messages.RecordingState.model_validate(session.record().state(), strict=False)
-
-    @app.post("/streams/{name}/recording/stop", tags=["recording"])
-    async def stop_recording(session: Steered) -> messages.RecordingState:
-        """Ends it; then it can be downloaded."""
-        recorder = session.recording()
-        await recorder.stop()
-        session.tell()
-        return messages.RecordingState.model_validate(recorder.state(), strict=False)
-
-    @app.get("/streams/{name}/recording", tags=["recording"], response_class=FileResponse)
-    async def download_recording(session: Named) -> FileResponse:
-        """The finished recording, mp4."""
-        return FileResponse(session.recording().file(), media_type="video/mp4", filename="cfrt.mp4")
-
-
-# ---------------------------------------------------------------------- watching
-
-
-class Watching(StreamingResponse):
-    """A response without end whose viewer leaves however it ends, even when it never began."""
-
-    def __init__(self, body: AsyncIterator[bytes], *, media_type: str, leave: Callable[[], None]) -> None:
-        super().__init__(body, media_type=media_type, headers={"cache-control": "no-store"})
-        self._leave = leave
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._leave()
-
-
-async def mjpeg(viewer: Viewer) -> AsyncIterator[bytes]:
-    while (shot := await viewer.shot()) is not None:
-        yield formats.part(shot.jpeg, shot.frame)
-
-
-async def mp4(viewer: Viewer, fps: float, scale: int) -> AsyncIterator[bytes]:
-    film = formats.Fragments(fps, scale)
-    try:
-        while (shot := await viewer.shot()) is not None:
-            yield await asyncio.to_thread(film.add, shot.frame.pixels, shot.tick)
-    finally:
-        film.finish()
-
-
-# ---------------------------------------------------------------------- checks and errors
-
-
-def check_length(prompt: str, limits: Limits) -> None:
-    if len(prompt) > limits.prompt:
-        got = f"{len(prompt)} characters"
-        raise Refusal(422, expected=f"a prompt of at most {limits.prompt} characters", got=got, do="shorten it")
-
-
-def _picture_body(limits: Limits) -> dict[str, Any]:
-    content = {
-        kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/png", "image/jpeg", "image/webp")
-    }
-    return {
-        "requestBody": {"required": True, "content": content, "description": f"At most {limits.image_bytes} bytes."}
-    }
+# ---------------------------------------------------------------------- errors
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from fractions import Fraction
+from threading import Lock
 from urllib.parse import quote
 
 import av
@@ -58,7 +59,9 @@ def part(data: bytes, frame: Frame) -> bytes:
 
 
 class Fragments:
-    """A film that is never finished: every frame becomes a piece of fragmented mp4 that can be sent at once."""
+    """A film that is never finished: every frame becomes a piece of fragmented mp4 that can be sent at once.
+
+    A viewer may leave while a thread works on his next frame: `finish` waits for it, and `add` gives nothing after."""
 
     def __init__(self, fps: float, scale: int) -> None:
         self._file = _Pipe()
@@ -66,22 +69,30 @@ class Fragments:
         options = {"movflags": "+frag_every_frame+empty_moov+default_base_moof"}
         self._container = av.open(self._file, "w", format="mp4", options=options)
         self._stream: VideoStream | None = None
+        self._lock = Lock()
+        self._finished = False
 
     def add(self, pixels: np.ndarray, tick: int) -> bytes:
         """What there is to send after the frame of that tick; ticks may skip but never go back."""
+        with self._lock:
+            return b"" if self._finished else self._add(pixels, tick)
+
+    def finish(self) -> bytes:
+        """The rest."""
+        with self._lock:
+            self._finished = True
+            if self._stream is not None:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+            return self._file.take()
+
+    def _add(self, pixels: np.ndarray, tick: int) -> bytes:
         if self._stream is None:
             self._stream = self._start(*pixels.shape[:2])
         frame = av.VideoFrame.from_ndarray(enlarge(pixels, self._scale), format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, threads=1)
         frame.pts, frame.time_base = tick, 1 / self._fps
         self._container.mux(self._stream.encode(frame))
-        return self._file.take()
-
-    def finish(self) -> bytes:
-        """The rest."""
-        if self._stream is not None:
-            self._container.mux(self._stream.encode(None))
-        self._container.close()
         return self._file.take()
 
     def _start(self, height: int, width: int) -> VideoStream:

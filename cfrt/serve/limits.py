@@ -34,6 +34,12 @@ class Limits:
     messages_per_second: float = 40.0
     """Requests and WebSocket messages that steer a stream, from one address."""
 
+    def check_prompt(self, prompt: str) -> None:
+        """Refusal for one that is too long."""
+        if len(prompt) > self.prompt:
+            expected = f"a prompt of at most {self.prompt} characters"
+            raise Refusal(422, expected=expected, got=f"{len(prompt)} characters", do="shorten it")
+
 
 class Bucket:
     """A token bucket: `rate` a second on average, `burst` at once."""

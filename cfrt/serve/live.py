@@ -6,6 +6,7 @@ in binary: index, unit, tick and latency in microseconds as four little-endian u
 """
 
 import asyncio
+import logging
 import struct
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,11 +24,16 @@ from .refusal import Refusal, clipped, of_library
 from .registry import Registry
 from .session import Session
 
+log = logging.getLogger(__name__)
+
 STATS_EVERY = 0.5
 """Seconds."""
 
 STUCK = 30.0
 """Seconds after which a viewer that takes nothing is let go."""
+
+GONE = (WebSocketDisconnect, TimeoutError, ConnectionError)
+"""How a viewer's leaving looks from here."""
 
 HEADER = struct.Struct("<4I")
 
@@ -40,7 +46,8 @@ class Live:
 
     def __init__(self, socket: WebSocket, sessions: Registry, steering: Meter, making: Meter) -> None:
         self._socket, self._sessions, self._steering, self._making = socket, sessions, steering, making
-        self._viewer = Viewer("websocket", shows=False)
+        at_once = socket.query_params.get("video") == "jpeg"
+        self._viewer = Viewer("websocket", shows=at_once, jpeg=at_once)
         self._sending = asyncio.Lock()
         self._unit, self._prompt, self._told = -1, "", 0.0
 
@@ -60,7 +67,9 @@ class Live:
             session.leave(self._viewer)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception) and not isinstance(outcome, GONE):
+                    log.error("a viewer's connection failed", exc_info=outcome)
             with suppress(RuntimeError, WebSocketDisconnect):  # it may be closed already, from either side
                 await self._socket.close(ENDED + 410)
 

@@ -141,6 +141,7 @@ class StreamState(Wire):
     viewers: int
     recording: RecordingState | None
     notes: list[str] = Field(description="What the model did not understand of the prompt.")
+    error: str | None = Field(description="Why it has stopped, if it has.")
     stats: StreamStats
 
 

@@ -45,10 +45,10 @@ class LiveTrack(MediaStreamTrack):
 
     def __init__(self, viewer: Viewer, fps: float, *, stamped: bool) -> None:
         super().__init__()
-        self._viewer, self._fps, self._stamped = viewer, fps, stamped
+        self.viewer, self._fps, self._stamped = viewer, fps, stamped
 
     async def recv(self) -> av.VideoFrame:
-        shot = await self._viewer.shot()
+        shot = await self.viewer.shot()
         if shot is None or self.readyState != "live":
             self.stop()
             raise MediaStreamError
@@ -74,15 +74,16 @@ class Peers:
         session.enter(viewer)
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._open.add(peer)
+        track = LiveTrack(viewer, session.fps, stamped=offer.stamped)
         try:
-            await self._negotiate(peer, offer, LiveTrack(viewer, session.fps, stamped=offer.stamped))
+            await self._negotiate(peer, offer, track)
         except Exception as error:
             session.leave(viewer)
             await self._forget(peer)
             if isinstance(error, Refusal):
                 raise
             raise _unreadable(error) from error
-        task = asyncio.create_task(self._watch(peer, session, viewer))
+        task = asyncio.create_task(self._watch(peer, session, track))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return Offer(sdp=peer.localDescription.sdp, type="answer", stamped=offer.stamped)
@@ -118,23 +119,24 @@ class Peers:
 
         connection.get_component_candidates = narrowed
 
-    async def _watch(self, peer: RTCPeerConnection, session: Session, viewer: Viewer) -> None:
-        """Until the connection ends, or does not come about in time."""
+    async def _watch(self, peer: RTCPeerConnection, session: Session, track: LiveTrack) -> None:
+        """Until the connection or the stream ends, or the connection does not come about in time."""
         moved = asyncio.Event()
+        track.on("ended", moved.set)
         peer.on("connectionstatechange", moved.set)
         try:
             async with asyncio.timeout(PATIENCE):
                 while peer.connectionState in ("new", "connecting"):
                     moved.clear()
                     await moved.wait()
-            while peer.connectionState == "connected":
+            while peer.connectionState == "connected" and track.readyState == "live":
                 moved.clear()
                 await moved.wait()
         except TimeoutError:
             log.info("a viewer's connection did not come about in %.0f s", PATIENCE)
         finally:
-            viewer.close()
-            session.leave(viewer)
+            track.viewer.close()
+            session.leave(track.viewer)
             await self._forget(peer)
 
     async def _forget(self, peer: RTCPeerConnection) -> None:

@@ -76,7 +76,7 @@ class Session:
     def prompt(self) -> str:
         """What the next unit is made from. A stream that was rewound meets its old changes of prompt again."""
         following = max(0, self._stream.unit + 1)
-        return next(text for unit, text in reversed(self._stream.changes) if unit <= following)
+        return next((text for unit, text in reversed(self._stream.changes) if unit <= following), self._asked)
 
     @property
     def notes(self) -> list[str]:
@@ -146,6 +146,7 @@ class Session:
             "viewers": len(self.broadcast.viewers),
             "recording": None if self.recorder is None else self.recorder.state(),
             "notes": self.notes,
+            "error": self.error,
             "stats": self.stats(),
         }
 
@@ -172,7 +173,7 @@ class Session:
         with self._lock:
             self._check_alive()
             if wish.prompt is not None:
-                self._check_prompt(wish.prompt)
+                self.limits.check_prompt(wish.prompt)
             change = None
             if wish.restart:
                 self._restart(wish.prompt or self.prompt, self.seed if wish.seed is None else wish.seed)
@@ -229,15 +230,6 @@ class Session:
     def _reads(self, prompt: str) -> None:
         self._asked, self._notes = prompt, self._stream.read(prompt).notes
 
-    def _check_prompt(self, prompt: str) -> None:
-        if len(prompt) > self.limits.prompt:
-            raise Refusal(
-                422,
-                expected=f"a prompt of at most {self.limits.prompt} characters",
-                got=f"{len(prompt)} characters",
-                do="shorten it",
-            )
-
     def _check_alive(self) -> None:
         self.touched = monotonic()
         if self._closed or self.error is not None:
@@ -257,11 +249,9 @@ class Session:
                     _ = shot.jpeg
                 self._loop.call_soon_threadsafe(self._arrived, stream, shot, begin)
                 self._wait_for_viewers(stream)
-        except RuntimeError as error:
-            if not self._loop.is_closed():  # the server has ended before the stream
-                self._failed(stream, error)
         except Exception as error:
-            self._failed(stream, error)
+            if not self._loop.is_closed():  # the server has not ended before the stream
+                self._failed(stream, error)
 
     def _wait_for_viewers(self, stream: Stream) -> None:
         with self._wake:

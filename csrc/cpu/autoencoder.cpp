@@ -215,7 +215,7 @@ void Autoencoder::reserve() {
         Scratch& scratch = scratch_.emplace_back();
         scratch.rows = floats(kBlock * row);
         scratch.pixels = floats(std::max(kBlock, shape_.columns * kFold) * kPixels);
-        if (precision_ == Precision::int8) scratch.whole = floats(kBlock * row), scratch.scale = floats(kBlock);
+        if (precision_ == Precision::int8) scratch.scale = floats(kBlock);
     }
 }
 
@@ -249,17 +249,13 @@ void Autoencoder::share(std::int64_t items, const Work& work) {
 void Autoencoder::product(const Conv& conv, std::int64_t begin, std::int64_t end, Scratch& scratch, Gemm g) {
     const PackedWeights& w = conv.weights.view();
     const std::int64_t stride = row_stride(kernels_, precision_, w.k);
-    float* rows = scratch.rows.as<float>();
     const bool whole = precision_ == Precision::int8;
-    kernels_.conv.gather({plane(at_), words(pitch(conv.in)), conv.table->positions.data(), conv.table->taps, rows,
-                          whole ? w.k : words(stride), whole ? w.k : words(w.depth)},
-                         begin, end);
-    g.w = &w, g.a = rows, g.m = end - begin, g.stride = stride, g.bias = conv.bias.data();
-    if (whole) {
-        float* scale = scratch.scale.as<float>();
-        kernels_.rows.to_int8(scratch.whole.data(), stride, scale, rows, w.k, w.k, w.depth, 0, g.m);
-        g.a = scratch.whole.data(), g.a_scale = scale;
-    }
+    const Gather gather{
+        plane(at_),          words(pitch(conv.in)),          conv.table->positions.data(),    conv.table->taps,
+        scratch.rows.data(), whole ? stride : words(stride), whole ? w.depth : words(w.depth)};
+    float* scale = scratch.scale.as<float>();
+    whole ? kernels_.conv.gather_int8(gather, scale, begin, end) : kernels_.conv.gather(gather, begin, end);
+    g.w = &w, g.a = gather.out, g.a_scale = scale, g.m = end - begin, g.stride = stride, g.bias = conv.bias.data();
     const GemmKernel& kernel = kernels_.product(precision_);
     kernel.run(g, 0, kernel.tiles(g));
 }

@@ -93,9 +93,9 @@ class Autoencoder {
     enum class Next { copy, silu };  // of the residual stream, on its way to the next product
     // What a thread works in.
     struct Scratch {
-        Buffer rows;          // gathered
-        Buffer whole, scale;  // as int8
-        Buffer pixels;        // before they are rounded
+        Buffer rows;    // gathered
+        Buffer scale;   // of each, int8 only
+        Buffer pixels;  // before they are rounded
     };
     struct Loader;
 

@@ -16,7 +16,7 @@ struct Machine {
     Threads& threads;
 
     // work(begin, end) over [0, items) of about `cost` vector operations each: on all threads, or on this one alone
-    // where that takes some microseconds, so that a small model does not wait at every step for a thread that the
+    // where that takes about a microsecond, so that a small model does not wait at every step for a thread that the
     // system has given to somebody else. Bytes do not depend on which.
     template <class Work>
     void share(std::int64_t items, std::int64_t cost, const Work& work) const {
@@ -27,7 +27,7 @@ struct Machine {
     }
 
   private:
-    static constexpr std::int64_t kWorthSharing = 1 << 16;
+    static constexpr std::int64_t kWorthSharing = 1 << 14;
 };
 
 // Rows of activations in the format of a product (kernels/gemm.h), k numbers each. A view of an arena.

@@ -37,6 +37,9 @@ constexpr T most(T a, T b) {
     return a < b ? b : a;
 }
 
+// 1.5 * 2^23. Where |x| < 2^22, adding it leaves the nearest whole number, ties to even, in the low bits.
+constexpr float kRounder = 12582912.0f;
+
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
@@ -309,8 +312,6 @@ CFRT_INLINE Int isub(Int a, Int b) {
 CFRT_INLINE Vec to_float(Int x) {
     return __builtin_convertvector(x, Vec);
 }
-// Where |x| < 2^22, adding 1.5 * 2^23 leaves the nearest whole number, ties to even, in the low bits.
-constexpr float kRounder = 12582912.0f;
 CFRT_INLINE Vec round(Vec x) {  // |x| < 2^22
     return (x + splat(kRounder)) - splat(kRounder);
 }

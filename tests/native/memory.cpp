@@ -178,7 +178,12 @@ void convolutions(const Kernels& kernels, std::int64_t rows, std::int64_t width)
     Guarded<float> plane((rows + 1) * width), gathered(rows * depth), x(rows * width), out(rows * (width + 1));
     Guarded<std::int32_t> taps(rows * kTaps);
     for (std::int64_t i = 0; i < rows * kTaps; ++i) taps.data()[i] = static_cast<std::int32_t>(i % (rows + 1)) - 1;
+    plane.normal(2);
     kernels.conv.gather({plane.data() + width, width, taps.data(), kTaps, gathered.data(), depth, depth}, 0, rows);
+    Guarded<std::byte> whole(rows * depth * kernels.product(Precision::int8).element);
+    Guarded<float> scale(rows);
+    kernels.conv.gather_int8({plane.data() + width, width, taps.data(), kTaps, whole.data(), depth, depth},
+                             scale.data(), 0, rows);
     x.normal(1);
     Guarded<std::uint16_t> half(rows * (width + 1));
     for (const bool silu : {false, true}) {

@@ -45,9 +45,9 @@ def flash_attention(
 
     k, v = read(k, ranges), read(v, ranges)
     if q_sink is None or sink_tokens == 0:
-        return flash_attn_func(q, k, v)  # type: ignore[no-any-return]
+        return flash_attn_func(q, k, v)
     if sink_tokens == k.shape[1]:
-        return flash_attn_func(q_sink, k, v)  # type: ignore[no-any-return]
+        return flash_attn_func(q_sink, k, v)
     sizes = [sink_tokens, k.shape[1] - sink_tokens]
     parts = zip((q_sink, q), k.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
     (far, far_log, _), (near, near_log, _) = (flash_attn_func(*part, return_attn_probs=True) for part in parts)

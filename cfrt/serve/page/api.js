@@ -41,7 +41,7 @@ export async function call(method, path, body) {
 }
 
 export const socketAddress = (id) =>
-  withToken(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/streams/${encodeURIComponent(id)}/live`);
+  withToken(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/streams/${encodeURIComponent(id)}/live?video=jpeg`);
 
 /** A value in localStorage, where there is one. */
 export function kept(name, otherwise) {

@@ -69,6 +69,7 @@ function adopt(id) {
 
 /** A stream that the server no longer has: the same prompt and seed once more, in its place. */
 async function replace(view) {
+  if (view.state?.error && view.firstFrame === null) return toast(view.state.error, true); // it would fail again
   const { prompt, seed } = view.state ?? { prompt: card.presets[0], seed: 0 };
   drop(view, false);
   await fresh(prompt, seed);
@@ -190,7 +191,8 @@ function listHistory() {
 
 async function say(prompt) {
   $("prompt").value = prompt;
-  const wish = { prompt, blend_units: Number($("blend").value), recache: $("recache").checked };
+  const blend_units = Math.min(64, Math.round($("blend").value / card.unit_seconds));
+  const wish = { prompt, blend_units, recache: $("recache").checked };
   if (!(await steer(wish))) return;
   past = [prompt, ...past.filter((other) => other !== prompt)].slice(0, HISTORY);
   pastAt = -1;

@@ -62,8 +62,7 @@ export class View extends EventTarget {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       this.attempts = 0;
-      this.want("jpeg"); // the fastest way to a first frame; WebRTC takes over when it works
-      if (this.byWebRTC) this.openReceiver();
+      if (this.byWebRTC && this.firstFrame !== null) this.openReceiver();
     };
     socket.onmessage = ({ data }) => (typeof data === "string" ? this.hear(JSON.parse(data)) : this.see(data));
     socket.onclose = ({ code }) => this.lose(code);
@@ -201,6 +200,7 @@ export class View extends EventTarget {
   draw({ picture, height, unit }) {
     if (this.firstFrame === null) {
       this.firstFrame = performance.now() - this.born;
+      if (this.byWebRTC) this.openReceiver(); // only now: the first frame comes fastest without it
       this.emit("stats");
     }
     this.veil.hidden = true;

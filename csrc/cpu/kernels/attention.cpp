@@ -12,11 +12,14 @@
 // bf16: words of two numbers of a key against words of two numbers of the queries, by the dot product of two bf16 where
 // the level has it, else widened to two fp32 on the way from memory; then two tokens at a time for the values.
 //
-// The ladder; GOP/s of one core, whose ceiling is 236 in bf16 and 118 in fp32 (Zen 4, avx512bf16, 64 queries, 768 keys,
-// head_dim 64 and 128, measured on 2026-11-25; torch SDPA reaches 67 and 75 in bf16):
+// The ladder, in GOP/s of one core. Steps 1 and 2 on Zen 4, avx512bf16, ceiling 236 in bf16 and 118 in fp32, 64
+// queries, 768 keys, head_dim 64 and 128, measured on 2026-11-25 (torch SDPA reaches 67 and 75 in bf16):
 //   1  this with blocks of 96 keys                                          bf16 199 and 210, fp32 106 and 110.5
 //   2  blocks of 192: sums of values come from memory half as often         bf16 199 and 212, fp32 106.5 and 110.5
 //   -  2^x by vreduceps and vscalefps, nine instructions down to six: no change, so the softmax is hidden already
+// Step 3 on Zen 5, ceiling 525, bf16, head_dim 64, measured on 2026-11-26:
+//   3  keys and values asked for ahead. One layer of 12 heads after the other, 12 in all, 38 MB: 258 -> 408; 256
+//      queries, 3072 keys, of four heads: 357 -> 413
 #include "attention.h"
 
 #include "../simd.h"

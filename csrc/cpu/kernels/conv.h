@@ -9,13 +9,14 @@
 namespace cfrt {
 
 // Row m of out = positions taps[m][0 .. count - 1] of the plane side by side, then zeros up to `depth`. Position -1 is
-// what the plane has before its begin: zeros, where the picture ends. All sizes are words of 32 bits.
+// what the plane has before its begin: zeros, where the picture ends. Sizes are words of 32 bits. For int8 the plane
+// holds floats and a row becomes what RowKernels::to_int8 makes of it, with its scale; then out's sizes are elements.
 struct Gather {
     const float* plane;
     std::int64_t width;        // of a position
     const std::int32_t* taps;  // [rows][count]
     std::int64_t count;
-    float* out;  // row `begin` of a call comes first
+    void* out;  // row `begin` of a call comes first, as in `scale`
     std::int64_t out_stride, depth;
 };
 
@@ -30,6 +31,7 @@ struct Activate {
 
 struct ConvKernels {
     void (*gather)(const Gather&, std::int64_t begin, std::int64_t end);
+    void (*gather_int8)(const Gather&, float* scale, std::int64_t begin, std::int64_t end);
     void (*activate)(const Activate&, std::int64_t begin, std::int64_t end);
 };
 

@@ -87,14 +87,16 @@ struct Whole {
     CFRT_INLINE static Acc dot(Int x, Int w, Acc acc) { return acc + (Acc)_mm256_madd_epi16(x, w); }
 #endif
 #else
-    // Whole numbers as floats, four of K in a word and taken out one by one: there is no other cheap way from bytes.
+    // Whole numbers as floats.
     using Acc = Vec;
-    static constexpr int kGroup = 4, kSteps = 4;
-    CFRT_INLINE static Vec load(int step, const W* p) {
-        const Int words = iload(reinterpret_cast<const std::int32_t*>(p));
-        return to_float((words << (24 - 8 * step)) >> 24);
+    static constexpr int kGroup = 1, kSteps = 1;
+    CFRT_INLINE static Vec load(int, const W* p) {
+        typedef std::int8_t Bytes __attribute__((vector_size(4)));
+        Bytes bytes;
+        __builtin_memcpy(&bytes, p, sizeof bytes);
+        return __builtin_convertvector(bytes, Vec);
     }
-    CFRT_INLINE static Vec splat(int step, const A* p) { return CFRT_LEVEL::splat(p[step]); }
+    CFRT_INLINE static Vec splat(int, const A* p) { return CFRT_LEVEL::splat(*p); }
     CFRT_INLINE static Vec dot(Vec x, Vec w, Vec acc) { return fma(x, w, acc); }
 #endif
 };

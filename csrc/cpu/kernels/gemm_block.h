@@ -7,22 +7,25 @@
 // High-Performance Matrix Multiplication", ACM TOMS 2008): weights come packed, and K is at most some thousands, so
 // that a panel fits in the second-level cache whole and neither K nor M has to be blocked.
 //
-// The ladder; GOP/s of one core, whose ceiling is 118 in fp32, 236 in bf16, 473 in int8 (benchmarks/bench_kernels.py);
-// measured on an AMD EPYC (Zen 4, avx512bf16 but where another level is named) on 2026-11-25:
+// The ladder, in GOP/s of one core and measured by benchmarks/bench_kernels.py. Steps 1 to 4 on an AMD EPYC (Zen 4,
+// ceiling 118 in fp32, 236 in bf16, 473 in int8, 2026-11-25), from 5 on on another (Zen 5, 260, 525, 1050, 2026-11-26);
+// level avx512bf16 but where another is named:
 //   1  a micro-kernel for each number of rows up to 14, two vectors wide; rows shared evenly among the tiles of a
-//   panel,
-//      so that 15 rows are 7 + 8 and not 14 + 1. 64 rows, K = 256: fp32 111, bf16 214, int8 390
+//      panel, 15 as 7 + 8 and not 14 + 1. 64 rows, K = 256: fp32 111, bf16 214, int8 390
 //   2  what belongs to a column (bias, scale, offset) is fetched once a tile, not once a row: bf16 219, int8 415
 //   3  up to six rows: two panels side by side, up to two rows four, since a few sums cannot fill the pipeline. Two
-//   rows,
-//      K = 768: bf16 156 -> 184. One row, K = 192: 93 -> 107; the second-level cache's 32 bytes a cycle allow no more
+//      rows, K = 768: bf16 156 -> 184. One row, K = 192: 93 -> 107; the second-level cache's 32 bytes a cycle allow
+//      no more
 //   4  bf16 without its dot product: first the odd numbers of all words, then the even ones, and a row less, so that
-//   all
-//      fits into the registers. 12 rows on avx2: 77 -> 102; plain: 23 -> 29
+//      all fits into the registers. 12 rows on avx2: 77 -> 102; plain: 23 -> 29
+//   5  the next panel is asked for ahead, a line in every step. Weights read once each, as in a pass, 64 rows, K = 256,
+//      N = 1024: fp32 192 -> 207, bf16 328 -> 466, int8 709 -> 904, where weights that lie in the cache give 247, 473,
+//      844. With four rows and panels side by side it costs more than it brings: bf16 260 -> 245
+//   -  int8 on plain in the same way, four numbers out of a word: 24 -> 16, so bytes are still widened one by one there
+//   6  GELU without a division (activations.h). 64 rows, K = 256, int8: 671 -> 709
 //
-// GCC 12 wants sums to be
-// vectors of int32 and not __m512i, which it copies in every step (int8 then falls to 200), and no counter but k, or it
-// keeps pointers in vector registers (14 rows, fp32: 116 -> 110).
+// GCC 12 wants sums to be vectors of int32 and not __m512i, which it copies in every step (int8 then falls to 200), and
+// no counter but k, or it keeps pointers in vector registers (14 rows, fp32: 116 -> 110).
 #pragma once
 
 #include "../simd.h"
@@ -97,7 +100,7 @@ CFRT_INLINE void accumulate(typename Micro::Acc (&acc)[R][V], const typename Mic
             __builtin_prefetch(ahead.at, 0, 2);
             ahead.at += ahead.step;
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int step = Micro::kSteps - 1; step >= 0; --step) {
             if (Micro::kSteps > 1) asm volatile("" ::: "memory");  // else all rows are kept for the next step
             decltype(Micro::load(step, w)) b[V];

@@ -12,7 +12,7 @@ struct Exact : Whole {
     static constexpr std::int64_t kExact = 0;
     CFRT_INLINE static void put(Sum* to, Acc acc, bool) { istore(to, (Int)acc); }
 #else
-    static constexpr std::int64_t kExact = 256;  // groups of four: 127^2 * 1024 < 2^24: then the floats go to an integer
+    static constexpr std::int64_t kExact = 1024;  // 127^2 * 1024 < 2^24: then the floats go to an integer
     CFRT_INLINE static void put(Sum* to, Vec acc, bool first) {
         const Int whole = __builtin_convertvector(acc, Int);
         istore(to, first ? whole : iadd(iload(to), whole));

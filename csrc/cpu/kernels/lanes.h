@@ -99,13 +99,18 @@ CFRT_INLINE bool any_above(F a, F b) {
 #endif
 }
 
+// x 2^n, where n + 1.5 * 2^23 is given: adding that constant to a number rounds it, and n is in the low bits.
+template <class F>
+CFRT_INLINE F times_power(F x, F shifted) {
+    return (F)((Words<F>)x + ((Words<F>)shifted << 23));
+}
+
 // 2^x for x up to 127; below -126 it stays at 2^-126; NaN stays NaN, and 2^0 is 1 exactly. The nearest whole number
 // goes into the exponent, a minimax polynomial on -0.5..0.5 does the rest: relative error 8e-8, or 1e-4 where rough.
 template <bool kRough, class F>
 CFRT_INLINE F exp2(F x) {
-    using W = Words<F>;
     x = max(all<F>(-126.0f), x);
-    const F rounder = all<F>(12582912.0f);  // 1.5 * 2^23: added, it leaves the whole number in the low bits
+    const F rounder = all<F>(kRounder);
     const F whole = x + rounder, rest = x - (whole - rounder);
     F p;
     if constexpr (kRough) {
@@ -119,7 +124,7 @@ CFRT_INLINE F exp2(F x) {
         p = fma(rest, p, all<F>(6.9314720e-1f));
     }
     p = fma(rest, p, all<F>(1.0f));
-    return (F)((W)p + ((W)whole << 23));
+    return times_power(p, whole);
 }
 
 // Words of two bf16: the lower half and the upper one as floats.

@@ -47,6 +47,10 @@ class Checkpoint:
     sinks: int | None = None
     """K, first frames seen for ever. Default: the model's own."""
 
+    sequential: bool = False
+    """One unit after another, with sinks at the trained distance, of a model that was trained for rolling windows as
+    well: what a bundle can do of them."""
+
     verify: Level | None = None
     """"full" runs the whole chain through the ring's wrap and its sinks; "segments" one segment of each kind, with few
     tokens. Default: full below 0.3 billion parameters."""

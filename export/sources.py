@@ -69,7 +69,7 @@ def find(options: Checkpoint) -> Source:
     """Everything that `options` name, opened and checked against the configuration. ConfigError, WeightsError or
     ExportError when something contradicts itself, is missing (it says what to put where) or does not fit."""
     config, folder = _model(options.model)
-    config = _changed(config, options)
+    config = _changed(_one_by_one(config, options), options)
     decoder = options.decoder or config.autoencoder.kind
     decoder_config(config, decoder)
     if config.solver != "renoise" or config.guided:
@@ -105,6 +105,19 @@ def _model(name: str) -> tuple[ModelConfig, Path | None]:
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"expected {WEIGHTS_FILE} in {folder}, which is no model that can be exported")
     return ModelConfig.load(folder / CONFIG_FILE), folder
+
+
+def _one_by_one(config: ModelConfig, options: Checkpoint) -> ModelConfig:
+    """ExportError for what only the torch engine can do: denoise several units in one pass, or look at sinks as if they
+    were right before the window; unless the model is to do without."""
+    if options.sequential:
+        return replace(config, schedule="sequential", sink_position="relative")
+    if config.schedule == "rolling" or (config.sink_position == "window" and config.sinks):
+        raise ExportError(
+            f"{config.name!r} denoises several units together, which bundles cannot; --sequential makes one that makes "
+            "them one after another, and the torch engine runs the model as it is"
+        )
+    return config
 
 
 def _changed(config: ModelConfig, options: Checkpoint) -> ModelConfig:

@@ -181,6 +181,20 @@ def test_relative_sinks_are_absolute_ones_until_the_trained_length():
     assert difference(a[:, 5:], b[:, 5:]) > 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("unit", [1, 3])
+def test_sinks_before_the_window_are_the_same_in_training(unit):
+    """Theorem 1 for them; and as long as nothing is between them and the window, they are where they are."""
+    config = small(unit, window=2 * unit, sinks=unit, trained_frames=3 * unit, sink_position="window")
+    model, clip, absolute = network(config), Clip(config, 6 * unit), replace(config, sink_position="absolute")
+    whole = model.teacher_forced(clip.clean, clip.noisy, clip.t, model.text_kv(clip.rows), clip.caption)
+    by_unit = streamed(model, clip, RingCache(config, BATCH, torch.float64))
+    assert difference(whole, by_unit) <= 1e-10
+    true = streamed(network(absolute), clip, RingCache(absolute, BATCH, torch.float64))
+    assert difference(by_unit[:, : 3 * unit], true[:, : 3 * unit]) == 0
+    assert difference(by_unit[:, 3 * unit :], true[:, 3 * unit :]) > 1e-3
+
+
 # ---------------------------------------------------------------------- gradients
 
 

@@ -67,10 +67,18 @@ def test_the_chain_says_what_pytorch_says(precision: str, geometry: Geometry) ->
 
 def wan(**changes: object) -> ModelConfig:
     """The Wan preset in everything but size."""
-    preset = PRESETS["wan-1.3b-longvideo"]
+    preset = replace(PRESETS["wan-1.3b-longvideo"], schedule="sequential", sink_position="relative")
     small = replace(preset, width=64, depth=2, heads=2, ffn=128, latent_grid=(4, 6), trained_frames=6, window=6)
     text = replace(preset.text, width=32, length=12)
     return replace(small, text=text, autoencoder=replace(preset.autoencoder, widths=(8, 8, 16, 16)), **changes)
+
+
+def test_rolling_windows_stay_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bundle of the long-video model makes one unit after another, and only when asked to."""
+    asked = ["--model", "wan-1.3b-longvideo", "--weights", "random", "--out", str(tmp_path / "bundle"), "--dry-run"]
+    assert main(asked) == 1
+    assert "denoises several units together, which bundles cannot; --sequential" in capsys.readouterr().err
+    assert main([*asked, "--sequential"]) == 0
 
 
 @pytest.mark.parametrize("decoder", ["wan", "taehv"])

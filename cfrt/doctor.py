@@ -164,8 +164,8 @@ def _cuda() -> dict[str, Any] | None:
 def _cuda_line(cuda: dict[str, Any] | None) -> str:
     if cuda is None:
         return (
-            "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too, with "
-            "NVIDIA's compiler wheels of CUDA 13, whose kernels want driver 580 or newer"
+            "CPU only; CFRT_CUDA=ON pip install --force-reinstall --no-deps --no-cache-dir cfrt builds CUDA's too, "
+            "with NVIDIA's compiler wheels of CUDA 13, whose kernels want driver 580 or newer"
         )
     archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
     return f"CUDA {cuda['version']} for {archs}; wants NVIDIA driver {cuda['driver']} or newer"

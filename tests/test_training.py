@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cfrt import flow
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from training import bidirectional, cd, chain, data, decoder, dmd, loop, recipes, rollout, teacher
+from training.data import Batch
 from training.network import Network, broadcast, guided, resampled
 
 pytestmark = pytest.mark.cpu
@@ -90,15 +92,54 @@ def test_consistency_distillation_ends_at_the_clean_side(recipe: recipes.Recipe,
     assert all(torch.equal(value, stage.teacher.state_dict()[name]) for name, value in frozen.items())
 
 
-def test_dmd_moves_the_student_and_not_the_real_score(recipe: recipes.Recipe) -> None:
+@pytest.mark.parametrize("scores", ["bidirectional", "causal"])
+def test_dmd_moves_the_student_and_not_the_real_score(
+    recipe: recipes.Recipe, scores: Literal["bidirectional", "causal"]
+) -> None:
     torch.manual_seed(0)
-    config, prompts = dmd.Config(steps=4, batch=2, critic_warmup=1), partial(data.prompts, config=DATA)
+    config = dmd.Config(steps=4, batch=2, critic_warmup=1, scores=scores)
+    prompts = partial(data.prompts, config=DATA)
     stage = dmd.Stage(config, recipe.model, prompts, Network(recipe.model), Network(recipe.model))
     real = {k: v.clone() for k, v in stage.real.state_dict().items()}
     before = {k: v.clone() for k, v in stage.student.state_dict().items()}
     _losses(stage, 2)
     assert all(torch.equal(v, stage.real.state_dict()[k]) for k, v in real.items())
     assert any(not torch.equal(v, stage.student.state_dict()[k]) for k, v in before.items())
+
+
+def test_a_causal_score_judges_a_unit_by_its_own_past_alone(recipe: recipes.Recipe, clips: data.Clips) -> None:
+    """The gradient up to unit u does not change with what the student made after it."""
+    torch.manual_seed(0)
+    real, fake = Network(recipe.model), Network(recipe.model)
+    for network in (real, fake):
+        nn.init.normal_(network.dit.head.head.weight, std=0.05)
+    config, prompts = dmd.Config(scores="causal"), partial(data.prompts, config=DATA)
+    stage = dmd.Stage(config, recipe.model, prompts, Network(recipe.model), real, fake=fake)
+    batch, kept = clips.batch(0, 2), 2
+    after = batch.latents.clone()
+    after[:, kept:] += 1
+    one, other = (
+        stage.gradient(x, replace(batch, latents=x), torch.Generator().manual_seed(1)) for x in (batch.latents, after)
+    )
+    whole = (1, 2, 3, 4)  # the normaliser is the whole clip's
+    scale = one[:, :kept].abs().sum(whole, keepdim=True) / other[:, :kept].abs().sum(whole, keepdim=True)
+    torch.testing.assert_close(one[:, :kept], scale * other[:, :kept], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(one[:, kept:], scale * other[:, kept:], rtol=1e-2)
+
+
+def test_a_share_of_distillation_s_clips_is_played_by_the_target(recipe: recipes.Recipe, clips: data.Clips) -> None:
+    """Those clips are rollouts of other prompts, and the rest is the data's."""
+    torch.manual_seed(0)
+    seen: list[Batch] = []
+    stage = cd.Stage(cd.Config(batch=4, own=0.5), recipe.model, clips, Network(recipe.model))
+    forward = stage.student.teacher_forced
+    stage.student.teacher_forced = lambda x, s, batch: seen.append(batch) or forward(x, s, batch)  # type: ignore
+    _losses(stage, 1)
+    given = clips.batch(0, 4)
+    assert torch.equal(seen[0].latents[:2], given.latents[:2])
+    assert torch.equal(seen[0].captions[:2], given.captions[:2])
+    assert seen[0].latents.shape == given.latents.shape
+    assert not any(torch.equal(seen[0].latents[i], given.latents[i]) for i in (2, 3))
 
 
 def test_a_resampled_past_is_the_networks_guess_in_a_share_of_the_clips(

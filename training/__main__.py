@@ -13,7 +13,7 @@ COMMANDS = {
     "wan-1.3b-chunkwise": ("training.wan_run", "the same for Causal Forcing, three latent frames a unit"),
     "reproduce": ("training.reproduce", "the paper's table, with exact ground truth"),
     "prepare": ("training.prepare", "turn your own videos into shards of latents"),
-    "evaluate": ("training.vbench", "play prompts through any model, in VBench's layout, and measure what can be"),
+    "evaluate": ("training.evaluate", "play prompts through any model, in VBench's layout, and measure what can be"),
 }
 RECIPES = ("tiny", "wan-1.3b-framewise", "wan-1.3b-chunkwise")
 """Commands that are told their name."""

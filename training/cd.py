@@ -9,13 +9,14 @@ interval, down to s = 0, is trained."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
+from training import rollout
 from training.data import Batch, DataSet
 from training.loop import SCHEDULES, Average, Micro, Optimisers, Schedule, Stats, Update
 from training.network import EARLY, Network, broadcast, clone, frozen, guided, noise_like, resampled, unit_weights
@@ -40,6 +41,9 @@ class Config:
     resampled: float = 0.0
     """Share of clips whose past is the target network's own guess of it (`network.resampled`)."""
     resampled_top: float = 0.75
+    own: float = 0.0
+    """Share of clips that the target network plays itself, prompts alone given: consistency along the teacher's ODE
+    needs no data, and these pasts are those of a stream."""
 
 
 class Stage:
@@ -69,7 +73,7 @@ class Stage:
 
     def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
         config, unit, generator = self.config, self.model.unit, micro.generator
-        batch = self.clips.batch(micro.index, config.batch).to(self.student.device)
+        batch = self._batch(micro)
         x0 = batch.latents
         frames = x0.shape[1]
         level = torch.randint(config.levels, (len(x0), frames // unit), generator=generator).repeat_interleave(unit, 1)
@@ -88,6 +92,24 @@ class Stage:
             "loss": error.mean().item(),
             "first": error[:unit].mean().item(),
         }
+
+    def _batch(self, micro: Micro) -> Batch:
+        """Clips of the data, then those of the target network's own."""
+        clips = self.clips.batch(micro.index, self.config.batch).to(self.student.device)
+        own = round(self.config.own * len(clips))
+        if own == 0:
+            return clips
+        asked = self.clips.prompts(own, micro.generator).to(self.student.device)
+        player = rollout.Player(self.target, self.model, asked)
+        units = clips.latents.shape[1] // self.model.unit
+        played = rollout.play(player, units, rollout.few_step(self.model, micro.generator), micro.generator)
+        data = clips.first(len(clips) - own)
+        return replace(
+            data,
+            latents=torch.cat([data.latents, played]),
+            captions=torch.cat([data.captions, asked.captions]),
+            caption=torch.cat([data.caption, asked.caption]),
+        )
 
     def _guidance(self, batch: Batch) -> float | Tensor:
         """The teacher's guidance of each frame, [B, n, 1, 1, 1], by how long ago its caption began."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from cfrt.errors import ConfigError
 from training import rollout
 from training.data import Batch, Prompts
 from training.loop import Micro, Optimisers, Schedule, Stats, Update, constant, cosine
-from training.network import Network, broadcast, clone, frozen, guided, noise_like
+from training.network import Network, Velocity, broadcast, clone, frozen, guided, noise_like
 from training.optimisers import adam
 
 
@@ -38,6 +39,9 @@ class Config:
     critic_updates: int = 5
     critic_warmup: int = 10
     """Critic updates before the first one of the student."""
+    scores: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether the scores see a whole noisy clip, as in the paper, or each unit and the clean past that the student gave
+    it: then an AR teacher can be the real score, and noise levels are drawn per unit."""
     guidance: float = 1.0
     """Of the real score. Above 1 the latents grow too energetic (deviation 1.2 at 2)."""
     tau: tuple[float, float] = (0.02, 0.85)
@@ -129,7 +133,7 @@ class Stage:
                 batch = self._played[micro.index] = self.roll(micro)[0]
         x = batch.latents
         x_tau, tau, eps = self.noised(x, micro.generator)
-        loss = (self.fake.bidirectional(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
+        loss = (self._v(self.fake)(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
         return loss, {"fake": loss.item()}
 
     def roll(self, micro: Micro) -> tuple[Batch, int]:
@@ -190,19 +194,24 @@ class Stage:
         return replace(played, latents=flow.x0_from_v(x, self.student.teacher_forced(x, s, played), broadcast(s)))
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_tau, tau [B, n], noise): one level a clip, as the scores are clip-level."""
+        """(x_tau, tau [B, n], noise): one level for all that a score sees at once, a clip or a unit."""
         low, high = (flow.unwarp(s, self.model.shift) for s in self.config.tau)
-        u = low + (high - low) * torch.rand(len(x), 1, generator=generator)
-        tau = flow.warp(u, self.model.shift).to(x.device).expand(x.shape[:2])
+        frames, unit = x.shape[1], self.model.unit
+        levels, repeats = (1, frames) if self.config.scores == "bidirectional" else (frames // unit, unit)
+        u = low + (high - low) * torch.rand(len(x), levels, generator=generator)
+        tau = flow.warp(u, self.model.shift).to(x.device).repeat_interleave(repeats, 1)
         eps = noise_like(x, generator)
         return flow.add_noise(x, eps, broadcast(tau)), tau, eps
 
     @torch.no_grad()
     def gradient(self, x: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """g [B, n, C, h, w] of clips x under the batch's prompts."""
+        """g [B, n, C, h, w] of the batch's clips x under its prompts."""
         x_tau, tau, _ = self.noised(x, generator)
-        v_real = guided(self.real.bidirectional, x_tau, tau, batch, self.config.guidance)
+        v_real = guided(self._v(self.real), x_tau, tau, batch, self.config.guidance)
         real = flow.x0_from_v(x_tau, v_real, broadcast(tau))
-        fake = flow.x0_from_v(x_tau, self.fake.bidirectional(x_tau, tau, batch), broadcast(tau))
+        fake = flow.x0_from_v(x_tau, self._v(self.fake)(x_tau, tau, batch), broadcast(tau))
         scale = (x - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-3)
         return (fake - real) / scale
+
+    def _v(self, score: Network) -> Velocity:
+        return score.bidirectional if self.config.scores == "bidirectional" else score.teacher_forced

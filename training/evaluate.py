@@ -9,8 +9,8 @@ Four tasks on held-out scenes, each read by the exact reader and reduced by `tra
 | futures | several continuations of one real past | diversity |
 | long | ten seconds or more | the same by stretches of it (drift) |
 
-    python -m training.evaluate --student cfrt/students/tiny            what ships, pixel by pixel through `cfrt.Stream`
-    python -m training.evaluate --run runs/tiny --stages teacher dmd    the stages of a run
+    python -m training evaluate --student cfrt/students/tiny            what ships, pixel by pixel through `cfrt.Stream`
+    python -m training evaluate --run runs/tiny --stages teacher dmd    the stages of a run
 
 Everything is a function of the weights and `Config.seed`. Models of the real world have no exact reader: for them
 `python -m training evaluate --model M --prompts FILE` is `training.vbench`."""
@@ -318,8 +318,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def exact(command: Sequence[str]) -> None:
-    """`python -m training.evaluate`."""
-    arguments = tyro.cli(Arguments, prog="python -m training.evaluate", args=command)
+    """`python -m training evaluate --student` or `--run`."""
+    arguments = tyro.cli(Arguments, prog="python -m training evaluate", args=command)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -334,7 +334,7 @@ def exact(command: Sequence[str]) -> None:
             del tasks[left_out]
         measured = measure(rows, tasks, arguments.config, arguments.out)
     except CfrtError as error:
-        raise SystemExit(f"training.evaluate: {error}") from None
+        raise SystemExit(f"training evaluate: {error}") from None
     numbers = plain(measured)
     if arguments.out is not None:
         (arguments.out / "rows.json").write_text(json.dumps(numbers, indent=1) + "\n")

@@ -48,7 +48,7 @@ class Arguments:
     """Stream every prompt with several seeds, leave the films in VBench's layout and a table of what can be measured
     without a network; run VBench on them where it is installed.
 
-    The embedded student's exact evaluation is another command: python -m training.evaluate --student FOLDER."""
+    The embedded student's exact evaluation asks for a student instead: python -m training evaluate --student FOLDER."""
 
     model: str
     """Folder of a model, or the name of an embedded student."""

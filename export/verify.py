@@ -51,8 +51,8 @@ STEPS = 2e-2
 """The same of what follows products in 8 bits. Where fp32 differs in its last bit, an input between two of 256 numbers
 can become another one: that is a whole step, and rare. Measured: 4e-7, up to 3e-3 in a model of 24 channels."""
 ROUNDING = {"fp32": EXACT, "bf16": 0.1, "fp16": 0.05, "fp8": 0.2, "int8": 0.2}
-"""Relative error of the velocity that rounding the weights, and in 8 bits the inputs, may cause; measured on the embedded student: see its
-manifest."""
+"""Relative error of the velocity that rounding the weights (in 8 bits the inputs too) may cause; measured on the
+embedded student: see its manifest."""
 SMALL = 300_000_000
 """Parameters below which a model is verified in full."""
 DECODED = 4

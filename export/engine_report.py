@@ -103,7 +103,7 @@ def read(path: Path) -> Report | None:
         stream_capturable=all("stream_capturable=1" in text for text in mains),
         attentions=len(re.findall(r"function=\{ name=_gemm_mha", main)),
         fused_gelu=len(re.findall(r"runtime_fusion=\{ name=__myl_\w*Fc\w*(?:Tanh|Erf|Gelu)", main)),
-        rounded_gelu=len(re.findall(r"runtime_fusion=\{ name=__myl_(?!\w*Fc)\w*(?:Tanh|Erf|Gelu)\w*Cast\b", main)),
+        rounded_gelu=len(re.findall(r"\bfunction=\{ name=__myl_\w*(?:Tanh|Erf|Gelu)\w*Cast\b", main)),
         gemms=dict(gemm for text in sections for gemm in _gemms(text)),
     )
 

@@ -117,6 +117,8 @@ class Graph:
             return None
         if layers not in self._products:
             weight = np.concatenate([self._weights[f"{layer}.weight"] for layer in layers]).T
+            if not np.isfinite(weight).all():
+                raise ExportError(f"{layers[0]}.weight holds values that are not finite; mend the file")
             largest = self._ranges[layers[0]]
             self._products[layers] = quantise(weight, largest, self._format, balanced=row.balanced is not None)
         return self._products[layers]

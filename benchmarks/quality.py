@@ -1,6 +1,10 @@
-"""What a precision of the native engine costs in quality: the embedded student's own card metrics, pair by pair.
+"""What a precision costs in quality, of the native engine or of an exported bundle: the embedded student's own card
+metrics, pair by pair.
 
     python -m benchmarks.quality --prompts 1024 --json benchmarks/results/quality.json
+    python -m benchmarks.quality --bundle bundle/ --json benchmarks/results/quality_int8.json
+
+A bundle runs in ONNX Runtime, with the rounding that its graphs say, beside the native engine in fp32.
 
 Every prompt is streamed with the same seed in every precision; the exact reader of the card says whether a clip shows
 all that was asked, and in which share of its frames the object is valid. Differences to fp32 are of pairs, in points
@@ -10,6 +14,7 @@ all that was asked, and in which share of its frames the object is valid. Differ
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -22,13 +27,15 @@ from tqdm.auto import tqdm
 
 from _cfrt import kernels
 from cfrt import students
+from cfrt.bundle import Bundle
 from cfrt.config import ModelConfig
+from cfrt.errors import BundleError
 from cfrt.weights import WEIGHTS_FILE
 from training import sources
 from training.card import machine
 from training.evaluate import Config
 from training.reader import read
-from training.sources import Task
+from training.sources import Source, Task
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -36,6 +43,9 @@ PRECISIONS = ("fp32", "bf16", "int8")
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Measure the quality of each precision."""
+
+    bundle: Path | None = None
+    """Measure this export of the embedded student instead."""
 
     prompts: int = 1024
     """Clips of each precision, as long as the card's."""
@@ -56,15 +66,15 @@ def estimate(points: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(prompts: int) -> dict[str, Any]:
-    """Per precision: each number, and how it differs from fp32's."""
+def measure(prompts: int, players: Mapping[str, Source]) -> dict[str, Any]:
+    """Per player: each number, and how it differs from that of "fp32"."""
     config = replace(Config(), prompts=prompts)
     task = config.tasks(ModelConfig.load(students.find("tiny") / students.CONFIG).text)["start"]
-    seen: dict[str, dict[str, list[Tensor]]] = {precision: {} for precision in PRECISIONS}
+    seen: dict[str, dict[str, list[Tensor]]] = {precision: {} for precision in players}
     for first in tqdm(range(0, prompts, config.batch), total=math.ceil(prompts / config.batch), disable=None):
         part = task[first : first + config.batch]
-        for precision in PRECISIONS:
-            video = sources.streamed("tiny", "native", precision)(part, Generator().manual_seed(config.seed + first))
+        for precision, play in players.items():
+            video = play(part, Generator().manual_seed(config.seed + first))
             for name, points in judged(video, part).items():
                 seen[precision].setdefault(name, []).append(points)
     whole = {precision: {name: torch.cat(parts) for name, parts in of.items()} for precision, of in seen.items()}
@@ -75,6 +85,16 @@ def measure(prompts: int) -> dict[str, Any]:
         }
         for precision, of in whole.items()
     }
+
+
+def played(bundle: Path | None) -> dict[str, Source]:
+    """What is compared, by precision. BundleError when it is no export of the embedded student."""
+    if bundle is None:
+        return {precision: sources.streamed("tiny", "native", precision) for precision in PRECISIONS}
+    manifest = Bundle.open(bundle).manifest
+    if manifest.config.name != "tiny":
+        raise BundleError(f"expected an export of the student 'tiny', got one of {manifest.config.name!r}")
+    return {"fp32": sources.streamed("tiny", "native", "fp32"), manifest.precision: sources.streamed(bundle, "onnx")}
 
 
 def digest(model: str) -> str:
@@ -88,10 +108,11 @@ def main() -> None:
         "measured_on": date.today().isoformat(),
         "model": "tiny",
         "sha256": digest("tiny"),
+        "engine": "native" if arguments.bundle is None else "onnx",
         "prompts": arguments.prompts,
         "isa": kernels.isa(),
         "cpu": machine()["cpu"],
-        "precisions": measure(arguments.prompts),
+        "precisions": measure(arguments.prompts, played(arguments.bundle)),
     }
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(measured, indent=1) + "\n")

@@ -22,10 +22,10 @@ from cfrt.weights import save_model
 from export import transformer, verify
 from export.build import PIXELS, build
 from export.builder import Builder
-from export.calibrate import Calibration
+from export.calibrate import Calibration, find
 from export.engine_checks import check, quantised_products
 from export.engine_report import read
-from export.onnx import main
+from export.onnx import Options, main
 from export.quantize import FORMATS, inverse_factors, quantise, rows
 from export.segments import layout
 from export.sources import Source
@@ -192,6 +192,21 @@ def test_a_bundle_says_where_its_scales_come_from(tmp_path: Path) -> None:
     assert bundle.manifest.verification.limits["velocity"] == verify.EXACT
     with cfrt.Stream(RED, model=tmp_path / "b", engine="onnx", seed=1) as stream:
         assert [frame.pixels.shape for frame in stream.frames(2)] == [(32, 32, 3)] * 2
+
+
+def test_random_weights_are_shown_random_text() -> None:
+    """A few tokens of it; and a model that is verified by segments takes the ranges of its last layer along."""
+    source = source_of(replace(CONFIG, depth=3, latent_grid=(4, 6)))
+    options = Options(model="small", weights="random", out=Path("b"))
+    shown = find(options, source, "fp8")
+    assert shown is not None
+    assert shown.origin.startswith("none: random text and noise")
+    assert (len(shown.texts), shown.config.frame_tokens) == (1, 4)
+    source = replace(source, ranges=shown.observe(source))
+    assert source.ranges.keys() == {layers[0] for _, layers in rows(source.config)}
+    small = verify.few_tokens(source)
+    np.testing.assert_array_equal(small.ranges["blocks.1.ffn.0"], source.ranges["blocks.2.ffn.0"])
+    assert len(quantised_products(mid(small, "fp8"))) == 6
 
 
 REFUSED = {

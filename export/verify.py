@@ -254,9 +254,12 @@ def _leave_unrounded(model: ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in narrowed:
             node.CopyFrom(helper.make_node("Identity", [narrowed[node.input[0]]], list(node.output), name=node.name))
-    kept = [node for node in model.graph.node if node.op_type != "QuantizeLinear"]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    nodes = [node for node in model.graph.node if node.op_type != "QuantizeLinear"]
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    for field, kept in ((model.graph.node, nodes), (model.graph.initializer, tensors)):
+        del field[:]
+        field.extend(kept)
 
 
 class _Network:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixture import network as random_network
 from torch import nn
+from training_fixture import network as random_network
 
 from cfrt import flow
 from cfrt.config import ModelConfig

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_fixture import PROMPT, Served, running
+from serve_fixture import PATIENCE, PROMPT, Served, running
 
 from cfrt.serve.limits import Limits
 from cfrt.serve.messages import Control
@@ -142,6 +142,6 @@ def test_the_websocket(served: Served, name: str, messages: list[bytes]) -> None
 
 def answer(socket: Any) -> dict[str, Any]:
     while True:
-        message = socket.recv(timeout=10)
+        message = socket.recv(timeout=PATIENCE)
         if isinstance(message, str) and (told := json.loads(message))["type"] in ("done", "error"):
             return told

@@ -23,6 +23,7 @@ from cfrt.text import TABLE
 from cfrt.weights import CONFIG_FILE, WEIGHTS_FILE, load_model, match_shapes, part
 
 from .options import Checkpoint
+from .quantize import Ranges
 from .segments import decoder_config
 
 Tensors = Mapping[str, np.ndarray]
@@ -45,6 +46,8 @@ class Source:
     """Rows of text, of a model that has its own."""
     origin: str
     """Where the transformer's weights come from, in words."""
+    ranges: Ranges = field(default_factory=dict, repr=False)
+    """Of the inputs of products in 8 bits, once they were seen."""
 
 
 class Lazy(Mapping[str, np.ndarray]):

@@ -13,8 +13,6 @@ from export.engine_report import read
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def rtx() -> Iterator[Builder]:

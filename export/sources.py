@@ -104,7 +104,10 @@ def _model(name: str) -> tuple[ModelConfig, Path | None]:
     if name in PRESETS and name not in students.embedded():
         made = hub.model_folder(name)
         return PRESETS[name], made if (made / CONFIG_FILE).is_file() else None
-    folder = students.find(name)
+    try:
+        folder = students.find(name)
+    except WeightsError as error:
+        raise WeightsError(f"{error}, a .json of a config, or one of {', '.join(PRESETS)}") from None
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"expected {WEIGHTS_FILE} in {folder}, which is no model that can be exported")
     return ModelConfig.load(folder / CONFIG_FILE), folder

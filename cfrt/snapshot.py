@@ -23,9 +23,9 @@ from .engines import Memory
 from .errors import SnapshotError
 from .frame import Frame
 from .maker import Past
+from .state import State
 from .timeline import BLENDS, Timeline
 from .weights import replacing
-from .worker import State
 
 FORMAT, VERSION = "cfrt-snapshot", 1
 

@@ -34,12 +34,13 @@ from .journal import Journal, evicted_bytes
 from .maker import Maker
 from .noise import is_seed
 from .snapshot import BUNDLE, Origin, Snapshot, in_fp32
+from .state import State
 from .stats import Meters, Stats
 from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
 from .trace import Hook, both, off
 from .weights import fingerprint, load_model
-from .worker import State, Worker
+from .worker import Worker
 
 __all__ = ["Change", "Snapshot", "Stream"]
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
@@ -23,9 +23,9 @@ from .config import ModelConfig
 from .engines import Engine
 from .errors import CfrtError
 from .frame import Frame
-from .journal import Journal
-from .maker import Maker, Past
+from .maker import Maker
 from .playback import Due, Playback
+from .state import State
 from .stats import Meters, Stats
 from .timeline import Blend, Timeline
 from .trace import Hook
@@ -34,22 +34,6 @@ T = TypeVar("T")
 
 CALLED_OFF = 4
 """Times that one unit may be made again, so that prompts in quick succession cannot hold up the frames for ever."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """A stream after one of its frames: what the engine holds, what is made, what comes next."""
-
-    engine: Any
-    past: Past
-    next: int
-    """The first unit that is not made: the one after the last frame handed out."""
-    shown: int
-    """Index of that frame."""
-    queue: tuple[Frame, ...]
-    """The rest of its unit."""
-    timeline: Timeline
-    journal: Journal | None = None
 
 
 class Worker:

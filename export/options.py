@@ -1,11 +1,8 @@
 """What every export needs to be told."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from cfrt.config import PRESETS
 
 Decoder = Literal["wan", "taehv", "tiny"]
 Level = Literal["full", "segments"]
@@ -51,19 +48,13 @@ class Checkpoint:
     """One unit after another, with sinks at the trained distance, of a model that was trained for rolling windows as
     well: what a bundle can do of them."""
 
+    calibration: Path | None = None
+    """File of prompts, one a line, that activations are measured with before they are rounded to 8 bits. Default: some
+    for the embedded student's vocabulary."""
+
     verify: Level | None = None
     """"full" runs the whole chain through the ring's wrap and its sinks; "segments" one segment of each kind, with few
     tokens. Default: full below 0.3 billion parameters."""
 
     dry_run: bool = False
     """Say what would be made, how large it is and about how long it takes, and stop."""
-
-
-def refuse(command: str, options: Checkpoint, product: str) -> int:
-    """Say in one line why `command` ends without its `product`. Returns the exit code: 2 wrong arguments, 1 failed."""
-    if options.model not in PRESETS:
-        reason, code = f"expected --model to be one of {', '.join(PRESETS)}; got {options.model!r}", 2
-    else:
-        reason, code = f"this version of cfrt does not build {product} yet; nothing was written", 1
-    print(f"{command}: error: {reason}.", file=sys.stderr)
-    return code

@@ -20,6 +20,8 @@ from cfrt.serve.making import streams
 PROMPT = "a large red circle moving left"
 OTHER = "a large blue square moving up"
 HOSTS = frozenset({"127.0.0.1", "localhost"})
+PATIENCE = 60
+"""Seconds that tests wait for what takes none on an idle machine."""
 
 
 class Served:
@@ -27,7 +29,7 @@ class Served:
 
     def __init__(self, port: int, token: str | None) -> None:
         self.port, self.token, self.url = port, token, f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def new(self, prompt: str = PROMPT, **fields: Any) -> str:
         answer = self.http.post("/streams", json={"prompt": prompt, **fields})
@@ -61,7 +63,7 @@ def running(*, token: str | None = None, **options: Any) -> Iterator[Served]:
     finally:
         served.http.close()
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -83,4 +85,4 @@ def process(port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
             yield server.stdout.readline().split()[-1], server
         finally:
             server.send_signal(signal.SIGINT)
-            server.communicate(timeout=20)
+            server.communicate(timeout=PATIENCE)

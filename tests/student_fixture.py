@@ -1,10 +1,12 @@
 """A student with random weights, for every test of the runtime that cares about behaviour and not about beauty."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from cfrt.config import PRESETS, AutoencoderConfig, ModelConfig, TextConfig
 from cfrt.nn.autoencoder import Autoencoder
@@ -51,15 +53,18 @@ def tiny_config() -> ModelConfig:
     )
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights under which everything matters: no layer is left at zero."""
-    torch.manual_seed(seed)
-    modules = {"dit": CausalDiT(config), "autoencoder": Autoencoder(config.autoencoder)}
-    weights = {
-        f"{prefix}.{name}": (torch.where(tensor == 0, 0.1 * torch.randn_like(tensor), tensor)).numpy()
+def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+    """The modules' weights under their prefixes, such that everything matters: no layer is left at zero."""
+    return {
+        f"{prefix}.{name}": torch.where(tensor == 0, 0.1 * torch.randn_like(tensor), tensor).numpy()
         for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    torch.manual_seed(seed)
+    weights = weights_of({"dit": CausalDiT(config), "autoencoder": Autoencoder(config.autoencoder)})
     table = torch.randn(1 + max(config.text.vocab.values()), config.text.width)
     table[0] = 0
     return weights | {"text.table": table.numpy()}

@@ -132,5 +132,5 @@ def test_error_in_low_precision_is_at_most_twice_pytorch_s_own(backend, dtype):
 
 def test_unknown_backend():
     (q, k, v), _ = case("plain")
-    with pytest.raises(EngineError, match="reference, sdpa, native, cuda; got 'fast'"):
+    with pytest.raises(EngineError, match="reference, sdpa, native, cuda, flash; got 'fast'"):
         attention(q, k, v, backend="fast")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,20 @@ def sinking(**changes: object) -> ModelConfig:
 # ---------------------------------------------------------------------- what the graphs say
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("geometry", [{}, {"unit": 2, "window": 4, "sinks": 2}, {"depth": 1}], ids=str)
+CHUNKS = {"unit": 2, "window": 4, "sinks": 2}
+
+
+@pytest.mark.parametrize(
+    ("precision", "geometry"),
+    [
+        *product(["fp32"], [{}, CHUNKS, {"depth": 1}]),
+        ("bf16", {}),
+        ("fp16", CHUNKS),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", CHUNKS), ("fp16", {}))),
+        *(pytest.param(half, {"depth": 1}, marks=pytest.mark.slow) for half in ("bf16", "fp16")),
+    ],
+    ids=str,
+)
 def test_the_chain_says_what_pytorch_says(precision: str, geometry: Geometry) -> None:
     """Through the ring's wrap, with another text half way. Graphs of half precision are compared with PyTorch in fp32
     on weights rounded as theirs are."""
@@ -319,7 +332,7 @@ def test_a_full_disk_leaves_no_bundle_and_the_next_export_goes_on(
     assert not (tmp_path / ".bundle.draft").exists()
 
 
-def test_an_export_that_is_killed_leaves_no_bundle(student: Path, tmp_path: Path) -> None:
+def test_an_export_that_is_killed_leaves_no_bundle(student: Path, tmp_path: Path, made_once: None) -> None:
     """With SIGKILL, somewhere in the middle; what is left is no bundle, and the next export makes one of it."""
     command = [sys.executable, "-m", "export.onnx", *arguments(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -417,7 +430,7 @@ def test_any_checkpoint_is_a_source(tmp_path: Path) -> None:
 
 WORDS = {
     "no such model": (["--model", "warp"], "there is no model 'warp'"),
-    "a preset without its file": (["--model", "wan-1.3b-framewise-2step"], "framewise-2step.pt (5.7 GB)"),
+    "a preset without its file": (["--model", "wan-1.3b-framewise-2step"], "--weights, or:\n  5.70 GB"),
     "a teacher": (["--model", "wan-1.3b-framewise-ar", "--weights", "random"], "is a teacher"),
     "a size between patches": (["--resolution", "48x48"], "multiples of 32 and 32 pixels, got '48x48'"),
     "no size": (["--resolution", "big"], "expected --resolution HEIGHTxWIDTH"),

@@ -184,7 +184,8 @@ def test_pictures_of_the_embedded_student(precision: str, decibels: float, isa: 
 @pytest.mark.parametrize("grid", [(1, 1), (4, 3)])
 @pytest.mark.parametrize(("widths", "channels"), [("odd", 5), ("tiny", 16)])
 def test_encoding(widths: str, channels: int, grid: tuple[int, int], precision: str, isa: str) -> None:
-    """At most twice the error of PyTorch in the same dtype, or two of the last bits."""
+    """At most twice the error of PyTorch in the same dtype, or a few of the last bits: how PyTorch sums, and so its
+    error in fp32, differs by half from one CPU to another."""
     made = network(WIDTHS[widths], channels)
     picture = np.random.default_rng(2).integers(0, 256, (16 * grid[0], 16 * grid[1], 3), dtype=np.uint8)
 
@@ -200,8 +201,8 @@ def test_encoding(widths: str, channels: int, grid: tuple[int, int], precision: 
     if precision == "int8":
         assert own < 0.06 * size
         return
-    step = 2.0**-8 if precision == "bf16" else 2.0**-23
-    assert own <= 2 * max(torchs, step * size)
+    floor = 2.0**-7 if precision == "bf16" else 2.0**-20
+    assert own <= max(2 * torchs, floor * size)
 
 
 # ---------------------------------------------------------------------- refusals

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training_fixture import network as random_network
 
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training import data, dmd, loop, ode, recipes, rollout
 from training.data import Batch
-from training.network import Network
 
 pytestmark = pytest.mark.cpu
 
@@ -29,14 +29,6 @@ def model(request: pytest.FixtureRequest) -> ModelConfig:
     return replace(
         tiny, width=64, depth=2, heads=1, ffn=64, latent_grid=(2, 2), unit=request.param, window=6, trained_frames=6
     )
-
-
-def _network(model: ModelConfig, seed: int = 0) -> Network:
-    torch.manual_seed(seed)
-    network = Network(model)
-    for silent in (network.dit.head.head, *(block.cross_attn.o for block in network.dit.layers)):
-        nn.init.normal_(silent.weight, std=0.05)
-    return network
 
 
 class _Clips:
@@ -62,7 +54,7 @@ class _Clips:
 def test_cached_pairs_equal_masked_ones(model: ModelConfig) -> None:
     """The ring and the teacher-forcing mask give the same trajectories, prompts that switch included."""
     config = ode.Config(euler_steps=4, levels=(1.0, 0.5), guidance=2.0)
-    network, batch = _network(model).eval(), _Clips(model).all
+    network, batch = random_network(model).eval(), _Clips(model).all
     assert (batch.caption[:, 0] != batch.caption[:, -1]).any()
     cached = ode.causal_pairs(network, model, config, batch, torch.Generator().manual_seed(1))
     masked = ode.forced_pairs(network, model, config, batch, torch.Generator().manual_seed(1))
@@ -74,7 +66,7 @@ def test_cached_pairs_equal_masked_ones(model: ModelConfig) -> None:
 def test_states_lie_on_the_grid_at_their_levels(model: ModelConfig) -> None:
     """A teacher that always says v = 1 moves every state by exactly the distance in s."""
     config = ode.Config(euler_steps=8, levels=(1.0, 0.75, 0.5, 0.25))
-    network = _network(model)
+    network = random_network(model)
     nn.init.zeros_(network.dit.head.head.weight)
     nn.init.ones_(network.dit.head.head.bias)
     pairs = ode.bidirectional_pairs(network, model, config, _Clips(model).all, torch.Generator().manual_seed(1))
@@ -93,9 +85,9 @@ def test_regression_learns_the_jump(past: str, model: ModelConfig, tmp_path: Pat
     clips = _Clips(model)
     config = ode.Config(past=past, pairs=6, euler_steps=4, steps=30, batch=6, lr=2e-3)
     make = ode.causal_pairs if past == "clean" else ode.bidirectional_pairs
-    teacher = _network(model).eval()
+    teacher = random_network(model).eval()
     ode.write(tmp_path, config, clips, partial(make, teacher, model, config), seed=1)
-    stage = ode.Stage(config, model, ode.read(tmp_path, config), _network(model, seed=5))
+    stage = ode.Stage(config, model, ode.read(tmp_path, config), random_network(model, seed=5))
     optimisers = stage.optimisers()
     losses = [loop.take(stage, optimisers, index, seed=0)["loss"] for index in range(config.steps)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
@@ -103,7 +95,7 @@ def test_regression_learns_the_jump(past: str, model: ModelConfig, tmp_path: Pat
 
 def test_pairs_go_on_where_they_were_stopped(model: ModelConfig, tmp_path: Path) -> None:
     config = ode.Config(pairs=70, euler_steps=4)
-    make = partial(ode.bidirectional_pairs, _network(model).eval(), model, config)
+    make = partial(ode.bidirectional_pairs, random_network(model).eval(), model, config)
     ode.write(tmp_path / "whole", config, _Clips(model), make, seed=1)
     (tmp_path / "broken").mkdir()
     first, last = sorted((tmp_path / "whole").iterdir())
@@ -115,7 +107,7 @@ def test_pairs_go_on_where_they_were_stopped(model: ModelConfig, tmp_path: Path)
 
 def test_the_past_of_a_noisy_prefix_is_noisy(model: ModelConfig) -> None:
     """Its jump ignores the clean clip, and does not look ahead; the causal one reads the clean past."""
-    network, batch = _network(model), _Clips(model).all
+    network, batch = random_network(model), _Clips(model).all
     other = replace(batch, latents=torch.randn_like(batch.latents))
     x, s = torch.randn_like(batch.latents), torch.full(batch.caption.shape, 0.8)
     stages = {past: ode.Stage(ode.Config(past=past), model, None, network) for past in ("clean", "noisy")}  # type: ignore[arg-type]
@@ -132,9 +124,9 @@ def test_gradients_into_the_past_change_the_gradient_and_not_the_clips(model: Mo
     """Both ways of rolling out make the same clips; only `context_gradient` hears units through their successors."""
     clips, gradients = [], []
     for through in (False, True):
-        network = _network(model)
+        network = random_network(model)
         config = dmd.Config(batch=2, context_gradient=through)
-        stage = dmd.Stage(config, model, _Clips(model).prompts, network, _network(model, 1))
+        stage = dmd.Stage(config, model, _Clips(model).prompts, network, random_network(model, 1))
         batch, _ = stage.roll(loop.micro_batch(4, 0, 0))
         batch.latents[:, -model.unit :].square().sum().backward()
         clips.append(batch.latents.detach())
@@ -146,7 +138,9 @@ def test_gradients_into_the_past_change_the_gradient_and_not_the_clips(model: Mo
 def test_a_rollout_longer_than_the_window_has_gradients(model: ModelConfig) -> None:
     """The published trainer can't: its cache is written in place under autograd."""
     short = replace(model, window=3)
-    stage = dmd.Stage(dmd.Config(batch=2), short, _Clips(model).prompts, _network(short), _network(short, 1))
+    stage = dmd.Stage(
+        dmd.Config(batch=2), short, _Clips(model).prompts, random_network(short), random_network(short, 1)
+    )
     batch, _ = stage.roll(loop.micro_batch(4, 0, 0))
     batch.latents.square().sum().backward()
     assert all(p.grad is not None for p in stage.student.dit.blocks.parameters())
@@ -155,14 +149,14 @@ def test_a_rollout_longer_than_the_window_has_gradients(model: ModelConfig) -> N
 
 def test_a_rollout_longer_than_a_clip_is_judged_at_its_end(model: ModelConfig) -> None:
     """Of 12 frames the last 6 are scored; the first unit of those is given, and earlier ones carry no gradient."""
-    network, restarted = _network(model), []
+    network, restarted = random_network(model), []
 
     def restart(latents: torch.Tensor) -> torch.Tensor:
         restarted.append(latents.shape[1])
         return torch.zeros_like(latents[:, :1])
 
     config = dmd.Config(batch=2, lengths=(12,), tau=(0.4, 0.5))
-    stage = dmd.Stage(config, model, _Clips(model).prompts, network, _network(model, 1), restart=restart)
+    stage = dmd.Stage(config, model, _Clips(model).prompts, network, random_network(model, 1), restart=restart)
     batch, judged = stage.roll(loop.micro_batch(4, 0, 0))
     assert batch.latents.shape[1] == batch.caption.shape[1] == 6
     assert (restarted, judged) == ([7], model.unit)
@@ -170,4 +164,6 @@ def test_a_rollout_longer_than_a_clip_is_judged_at_its_end(model: ModelConfig) -
     stats = loop.take(stage, stage.optimisers(), 0, seed=0)
     assert stats["norm"] > 0
     with pytest.raises(ode.ConfigError, match="restart"):
-        dmd.Stage(config, model, _Clips(model).prompts, network, _network(model, 1)).roll(loop.micro_batch(4, 0, 0))
+        dmd.Stage(config, model, _Clips(model).prompts, network, random_network(model, 1)).roll(
+            loop.micro_batch(4, 0, 0)
+        )

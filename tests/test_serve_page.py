@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from serve_fixture import OTHER, PROMPT, Served, process, running, tool
+from serve_fixture import OTHER, PATIENCE, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
 from cfrt.serve.limits import Limits
@@ -64,7 +64,7 @@ def open_page(browser: Browser, served: Served) -> Iterator[Open]:
             stack.callback(context.close)
             context.add_init_script(script)
             page = context.new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(1000 * PATIENCE)
             page.on("pageerror", lambda error: faults.append(str(error)))
             page.on(
                 "console",
@@ -103,7 +103,7 @@ def say(page: Page, prompt: str) -> None:
     page.press("#prompt", "Escape")
 
 
-def eventually(page: Page, true: Callable[[], Any], seconds: float = 15) -> None:
+def eventually(page: Page, true: Callable[[], Any], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it never came true"

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_fixture import OTHER, PROMPT
+from serve_fixture import OTHER, PATIENCE, PROMPT
 from websockets.sync.client import connect
 
 from cfrt.serve.client import Client
@@ -43,7 +43,7 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 
 
 def visitor(url: str, room: str) -> httpx.Client:
-    return httpx.Client(base_url=url, headers={"Cookie": f"room={room}"}, timeout=30)
+    return httpx.Client(base_url=url, headers={"Cookie": f"room={room}"}, timeout=PATIENCE)
 
 
 def test_a_room_stays_with_its_replica(url: str) -> None:
@@ -54,7 +54,7 @@ def test_a_room_stays_with_its_replica(url: str) -> None:
         assert one.patch(f"/streams/{name}", json={"prompt": OTHER}).json()["prompt"] in (PROMPT, OTHER)
         address = url.replace("http", "ws")
         with connect(f"{address}/streams/{name}/live", additional_headers={"Cookie": "room=one"}) as live:
-            assert json.loads(live.recv(timeout=20))["id"] == name
+            assert json.loads(live.recv(timeout=PATIENCE))["id"] == name
 
     def elsewhere(room: int) -> int:
         with visitor(url, f"room{room}") as other:
@@ -71,7 +71,7 @@ def test_the_client_watches_in_a_room(url: str) -> None:
 
 
 def test_a_visitor_is_given_a_room_and_a_link_leads_to_it(url: str) -> None:
-    with httpx.Client(base_url=url, timeout=30) as visitor:
+    with httpx.Client(base_url=url, timeout=PATIENCE) as visitor:
         given = visitor.get("/", follow_redirects=True)
         room = given.url.params["room"]
         assert visitor.cookies["room"] == room

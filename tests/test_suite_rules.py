@@ -28,6 +28,7 @@ def suite(tmp_path: Path) -> Suite:
         (tmp_path / "test_it.py").write_text("import pytest\n" + source)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_it.py")]
         inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "CFRT_GPU")}
+        inherited["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and they are most of a start's seconds
         done = subprocess.run(command, cwd=tmp_path, env=inherited | environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 

@@ -141,10 +141,6 @@ def _setp(opcode: str, operands: tuple[Operand, ...]) -> Bound:
     return Bound(opcode, _flat(operands), (2 if isinstance(operands[0], Vector) else 1,))
 
 
-def _shift(opcode: str, operands: tuple[Operand, ...]) -> Bound:
-    return Bound(opcode, operands)
-
-
 def _nothing(opcode: str, operands: tuple[Operand, ...]) -> Bound:
     return Bound("nop", ())
 

@@ -74,6 +74,8 @@ class CausalForcingPipeline:
         numbers are not. image: the stream's first frame, of the model's size. ValueError, or what `Stream` raises."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"expected output_type {' or '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}")
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"expected num_frames of at least 1, got {num_frames}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("expected at least one prompt, got an empty list")

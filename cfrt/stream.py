@@ -235,7 +235,7 @@ class Stream:
     def reseed(self, seed: int) -> Change:
         """Other noise from the first unit on of which no frame has been handed out."""
         if not is_seed(seed):
-            raise ValueError(f"expected a seed, a whole number from 0 to 2**64 - 1, got {seed!r}")
+            raise ValueError(f"expected a whole-number seed from 0 to 2**64 - 1, got {seed!r}")
         self._refuse_compat("reseed")
         unit = self._worker.reseed(seed)
         self.seed = seed

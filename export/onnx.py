@@ -203,7 +203,7 @@ def tools() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments, 130
     interrupted."""
-    options = tyro.cli(Options, prog="python -m export.onnx", args=argv)
+    options = tyro.cli(Options, prog="python -m export.onnx", args=argv, config=(tyro.conf.DisallowNone,))
     try:
         export = plan(options, options.precision)
         print(export)

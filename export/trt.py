@@ -51,8 +51,9 @@ def described(export: Export, engines: Engines) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments."""
-    options = tyro.cli(Options, prog="cfrt-export", args=argv)
+    """Run the command; `argv` defaults to the process's own. Returns the exit code: 1 failed, 2 wrong arguments, 130
+    interrupted."""
+    options = tyro.cli(Options, prog="cfrt-export", args=argv, config=(tyro.conf.DisallowNone,))
     engines = engines_of(options)
     try:
         engines.check()
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CfrtError as error:
         print(f"cfrt-export: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("cfrt-export: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     print(finished(manifest, Path(options.out)))
     return 0
 

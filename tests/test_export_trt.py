@@ -88,6 +88,17 @@ def test_a_wish_that_cannot_be_met_is_refused_first(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_export_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engines, "check", interrupted)
+    assert main(["--model", "tiny", "--out", str(tmp_path / "bundle")]) == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------- going on, and not trusting
 
 

@@ -143,7 +143,7 @@ def test_what_a_pipeline_refuses(pipe: CausalForcingPipeline) -> None:
         (lambda: pipe(RED, output_type="pt"), ValueError, "'np' or 'pil'"),
         (lambda: pipe([]), ValueError, "at least one prompt"),
         (lambda: pipe(RED, height=480, width=832), cfrt.VideoError, "frames of 32 x 32"),
-        (lambda: pipe(RED, num_frames=-1), ValueError, "n >= 0"),
+        (lambda: pipe(RED, num_frames=0), ValueError, "num_frames of at least 1"),
         (lambda: pipe("zebra"), cfrt.PromptError, "knows no word"),
         (lambda: pipe(RED, negative_prompt=BLUE), cfrt.EngineError, "not guided"),
         (lambda: CausalForcingPipeline.from_pretrained("nothing")(RED), cfrt.WeightsError, "no model 'nothing'"),

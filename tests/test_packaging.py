@@ -123,6 +123,12 @@ def test_the_plain_install_streams(bare: Path, tmp_path: Path) -> None:
     engines = json.loads(doctor.stdout)["engines"]
     assert engines["chosen"] == "native"
     assert "torch is not installed" in engines["refusals"]["torch"]
+    export = run(bare, "python", "-m", "export.onnx", "--model", "tiny", "--out", "bundle", cwd=tmp_path)
+    assert export.returncode == 1
+    assert "export needs torch, onnx, onnxruntime, onnxscript: pip install 'cfrt[export]'" in export.stderr
+    assert "Traceback" not in export.stderr
+    training = run(bare, "python", "-m", "training", "tiny", "--dry-run", cwd=tmp_path)
+    assert (training.returncode, training.stderr) == (1, "training: it needs PyTorch: pip install 'cfrt[train]'\n")
 
 
 @pytest.mark.parametrize("module", ["trt", "onnx"])

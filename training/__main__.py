@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 
 COMMANDS = {
     "tiny": ("training.run", "train the embedded student from nothing, on a procedural world"),
@@ -32,6 +33,8 @@ def main() -> None:
         return
     if command not in COMMANDS:
         raise SystemExit(f"training: expected a command, got {command!r}\n\n{usage()}")
+    if find_spec("torch") is None:
+        raise SystemExit("training: it needs PyTorch: pip install 'cfrt[train]'")
     importlib.import_module(COMMANDS[command][0]).main([command, *arguments] if command in RECIPES else arguments)
 
 

@@ -319,7 +319,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def exact(command: Sequence[str]) -> None:
     """`python -m training evaluate --student` or `--run`."""
-    arguments = tyro.cli(Arguments, prog="python -m training evaluate", args=command)
+    arguments = tyro.cli(Arguments, prog="python -m training evaluate", args=command, config=(tyro.conf.DisallowNone,))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:

@@ -68,7 +68,7 @@ class Arguments:
 
 def main(arguments: list[str]) -> None:
     """The command. Exits with 1 when nothing can be used, or something is wrong with what was asked."""
-    asked = tyro.cli(Arguments, prog="python -m training prepare", args=arguments)
+    asked = tyro.cli(Arguments, prog="python -m training prepare", args=arguments, config=(tyro.conf.DisallowNone,))
     from cfrt.errors import CfrtError  # after the command line, so that --help is quick
 
     try:

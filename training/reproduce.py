@@ -107,7 +107,7 @@ def run(arguments: Arguments) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parsed = tyro.cli(Arguments, args=arguments, prog="python -m training reproduce")
+    parsed = tyro.cli(Arguments, args=arguments, prog="python -m training reproduce", config=(tyro.conf.DisallowNone,))
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     try:

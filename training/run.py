@@ -51,7 +51,7 @@ class Arguments:
 
 def main(words: Sequence[str]) -> None:
     """`words` is the command line, the recipe first."""
-    arguments = tyro.cli(Arguments, args=words, prog="python -m training")
+    arguments = tyro.cli(Arguments, args=words, prog="python -m training", config=(tyro.conf.DisallowNone,))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SystemExit(f"training: {arguments.recipe} is trained by one process; torchrun is for the wan recipes")
     import torch  # after the command line, so that --help is quick

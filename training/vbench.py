@@ -343,7 +343,9 @@ def _applicable(asked: PromptList, standard: bool) -> Sequence[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
-        asked = tyro.cli(Arguments, prog="python -m training evaluate", args=arguments)
+        asked = tyro.cli(
+            Arguments, prog="python -m training evaluate", args=arguments, config=(tyro.conf.DisallowNone,)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("once", PromptWarning)  # a list of prompts has hundreds of words it does not know
             results = evaluate(asked)

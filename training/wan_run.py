@@ -66,7 +66,7 @@ class Arguments:
 
 def main(words: Sequence[str]) -> None:
     """`words` is the command line, the recipe first."""
-    asked = tyro.cli(Arguments, args=words, prog="python -m training")
+    asked = tyro.cli(Arguments, args=words, prog="python -m training", config=(tyro.conf.DisallowNone,))
     try:
         with parallel.processes():
             _run(asked)

@@ -54,7 +54,7 @@ class Spec:
         if self.precision not in PRECISIONS:
             raise EngineError(f"expected a precision among {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not is_seed(self.seed):
-            raise EngineError(f"expected a seed, a whole number from 0 to 2**64 - 1, got {self.seed!r}")
+            raise EngineError(f"expected a whole-number seed from 0 to 2**64 - 1, got {self.seed!r}")
         if self.threads is not None and self.threads < 1:
             raise EngineError(f"expected at least one thread, got {self.threads}")
         if self.decoder not in (None, "taehv"):

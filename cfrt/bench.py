@@ -39,8 +39,8 @@ class Bench:
     """How long to measure, once two units have been made."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
-    device: str = "cpu"
-    """Where the torch engine runs, such as cuda."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. Default: what the engine can do nothing without, else the CPU."""
     precision: str | None = None
     """Default: the engine's own; int8 is what is predicted."""
     decoder: Literal["wan", "taehv"] | None = None
@@ -91,7 +91,7 @@ def measure(
     *,
     seconds: float = 10.0,
     engine: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     precision: str = "auto",
     decoder: str | None = None,
 ) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def measure(
     options = {"engine": engine, "device": device, "precision": precision, "decoder": decoder}
     with Stream(prompts[0], model=model, fps="max", **options) as stream:  # type: ignore[arg-type]
         frames, wall = _run(stream, prompts, seconds)
-        return _report(stream, frames, wall, device, decoder)
+        return _report(stream, frames, wall, decoder)
 
 
 def _prompts(config: "ModelConfig") -> tuple[str, str]:
@@ -137,7 +137,7 @@ def _run(stream: "Stream", prompts: tuple[str, str], seconds: float) -> tuple[in
     return count, perf_counter() - begin
 
 
-def _report(stream: "Stream", frames: int, wall: float, device: str, decoder: str | None) -> dict[str, Any]:
+def _report(stream: "Stream", frames: int, wall: float, decoder: str | None) -> dict[str, Any]:
     config, stats = stream.config, stream.stats
     return {
         "label": "measured",
@@ -146,7 +146,7 @@ def _report(stream: "Stream", frames: int, wall: float, device: str, decoder: st
         "machine": machine(),
         "model": config.name,
         "engine": stream.engine,
-        "device": device,
+        "device": stream.device,
         "precision": stream.precision,
         "decoder": decoder or config.autoencoder.kind,
         "resolution": list(config.frame_size),

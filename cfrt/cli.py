@@ -20,7 +20,15 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, UseAppendAction, arg, subcommand
+from tyro.conf import (
+    DisallowNone,
+    FlagCreatePairsOff,
+    OmitSubcommandPrefixes,
+    Positional,
+    UseAppendAction,
+    arg,
+    subcommand,
+)
 
 from . import __version__
 from .bench import Bench
@@ -250,7 +258,7 @@ class Generate:
             "outputs": list(self._outputs),
             "model": stream.config.name,
             "engine": stream.engine,
-            "device": self.device,
+            "device": stream.device,
             "precision": stream.precision,
             "threads": self.threads,
             "prompt": self.prompt,
@@ -269,8 +277,8 @@ class Doctor:
 
     model: str = "tiny"
     """The model that the engines are asked about."""
-    probe: bool = True
-    """Stream for half a second to measure the speed."""
+    probe: Annotated[bool, arg(help_behavior_hint="(default: it does)")] = True
+    """Do not stream for the half second that measures the speed."""
     json: bool = False
     """Print it as JSON."""
 
@@ -333,7 +341,7 @@ def _run(args: Sequence[str]) -> int:
             prog="cfrt",
             description="Real-time autoregressive video diffusion. `cfrt COMMAND --help` says more; `--version` too.",
             args=args,
-            config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
+            config=(OmitSubcommandPrefixes, FlagCreatePairsOff, DisallowNone),
         )
         command.run()
         sys.stdout.flush()

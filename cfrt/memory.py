@@ -366,4 +366,4 @@ def page(account: Account, budget: int | None) -> str:
 
 
 def _saves(remedies: Sequence[Part]) -> list[str]:
-    return [f"  {part.name} saves {part.bytes / 1e9:.2f} GB" for part in remedies]
+    return [f"  {part.name} would save {part.bytes / 1e9:.2f} GB" for part in remedies]

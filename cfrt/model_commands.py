@@ -68,8 +68,8 @@ class Pull:
     """A preset (see `cfrt models`)."""
     decoder: Literal["wan", "taehv"] = "wan"
     """taehv fetches the small decoder as well."""
-    text: bool = True
-    """The text encoder too; without it, prompts need cached embeddings."""
+    text: Annotated[bool, arg(help_behavior_hint="(default: it is fetched)")] = True
+    """Leave the text encoder out; prompts then need cached embeddings."""
     format: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Numbers in the model folder."""
     dry_run: bool = False

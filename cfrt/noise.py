@@ -27,6 +27,11 @@ class Purpose(IntEnum):
     """Latents of a stream: the starting noise (step 0) and what is put back after step i (step i + 1)."""
 
 
+def is_seed(value: object) -> bool:
+    """Whether it is a whole number of 64 bits."""
+    return isinstance(value, int | np.integer) and 0 <= int(value) < 1 << 64
+
+
 def normal(seed: int, unit: int, step: int, purpose: int, shape: Sequence[int]) -> np.ndarray:
     """float32 of `shape`, standard normal, |x| < 5.8. ConfigError unless 0 <= seed < 2^64."""
     count = int(np.prod(shape, dtype=np.int64))
@@ -35,8 +40,8 @@ def normal(seed: int, unit: int, step: int, purpose: int, shape: Sequence[int]) 
 
 def bits(seed: int, unit: int, step: int, purpose: int, blocks: int) -> np.ndarray:
     """uint32 [blocks, 4]: the raw numbers; row i is the block of elements 4i to 4i + 3."""
-    if not 0 <= seed < 1 << 64:
-        raise ConfigError(f"expected a seed from 0 to 2^64 - 1, got {seed}")
+    if not is_seed(seed):
+        raise ConfigError(f"expected a seed from 0 to 2^64 - 1, got {seed!r}")
     counter = np.empty((blocks, 4), dtype=np.uint32)
     counter[:, 0] = np.arange(blocks, dtype=np.uint32)
     counter[:, 1:] = np.array([unit, step, purpose], dtype=np.uint32)

@@ -245,11 +245,14 @@ class Prediction:
     precision: str
     decoder: str
     pass_ms: dict[str, Interval]
+    decode_ms: Interval
     unit_ms: Interval
     latency_ms: Interval
     fps: Interval
     memory: int
     assumptions: tuple[str, ...]
+    calibration: dict[str, float]
+    """Of each published measurement: the share of the peak that it leaves for dense products."""
     targets: tuple[str, ...]
 
 
@@ -278,11 +281,13 @@ def predict(
         precision=precision,
         decoder=decoder,
         pass_ms={name: term.times(1e3) for name, term in terms.items()},
+        decode_ms=decode.times(1e3),
         unit_ms=unit.times(1e3),
         latency_ms=latency.times(1e3),
         fps=fps,
         memory=kept,
-        assumptions=tuple(_assumptions(config)),
+        assumptions=tuple(_assumptions(config, precision)),
+        calibration={f"{row.what}, on one {CARDS[row.card].name}": row.share() for row in published()},
         targets=tuple(_targets(config, precision, decoder, fps, latency, kept)),
     )
 
@@ -321,11 +326,12 @@ def _check(gpu: str, precision: str, decoder: str, config: ModelConfig) -> None:
         )
 
 
-def _assumptions(config: ModelConfig) -> Iterable[str]:
+def _assumptions(config: ModelConfig, precision: str) -> Iterable[str]:
     fast, slow = (1e6 * seconds for seconds in LAUNCH)
-    yield f"dense products at {FAST_SHARE} of the peak (fast, assumed) and {calibrate():.2f} (slow, calibrated)"
-    for row in published():
-        yield f"calibration: {row.what} on {CARDS[row.card].name}: {row.share():.2f} of the peak is left for products"
+    yield (
+        f"dense products at {FAST_SHARE[precision]:g} of the {precision} peak (fast, assumed) and {calibrate():.2f} "
+        "(slow: the least that a compiled stack leaves in the published measurements below)"
+    )
     yield "self-attention by the machine code of our kernels at 2.52 GHz, times the balance of the grid; not timed yet"
     yield "attention to the text at 0.8 and 0.5 of the bf16 peak"
     yield f"memory at {MEMORY_SHARE} of the bandwidth, half of it hidden at the fast end"
@@ -365,10 +371,17 @@ def page(found: Prediction) -> str:
         _span("unit", found.unit_ms),
         _span("latency", found.latency_ms),
         *(_span(f"  a pass: {name}", term) for name, term in found.pass_ms.items()),
+        _span("  decoding", found.decode_ms),
         f"{'memory':26} {found.memory / 1e9:8.2f} GB",
         "",
-        *(f"target: {line}" for line in found.targets),
-        *(f"assumed: {line}" for line in found.assumptions),
+        "targets",
+        *(f"  {line}" for line in found.targets),
+        "",
+        "assumed",
+        *(f"  {line}" for line in found.assumptions),
+        "",
+        "what published measurements leave for dense products, of the bf16 peak",
+        *(f"  {share:.2f}  {what}" for what, share in found.calibration.items()),
     ]
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ from .errors import CfrtError, EngineError, SnapshotError
 from .frame import Frame
 from .journal import Journal, evicted_bytes
 from .maker import Maker
+from .noise import is_seed
 from .snapshot import BUNDLE, Origin, Snapshot, in_fp32
 from .state import State
 from .stats import Meters, Stats
@@ -45,8 +46,6 @@ __all__ = ["Change", "Snapshot", "Stream"]
 
 JOURNAL_BYTES = 64 * 2**20
 """What a stream keeps for going back: eleven minutes of the embedded student at 16 frames a second."""
-
-MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -235,8 +234,8 @@ class Stream:
 
     def reseed(self, seed: int) -> Change:
         """Other noise from the first unit on of which no frame has been handed out."""
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"expected a seed from 0 to 2**64 - 1, got {seed}")
+        if not is_seed(seed):
+            raise ValueError(f"expected a seed, a whole number from 0 to 2**64 - 1, got {seed!r}")
         self._refuse_compat("reseed")
         unit = self._worker.reseed(seed)
         self.seed = seed
@@ -310,7 +309,15 @@ class Stream:
 
     @property
     def paused(self) -> bool:
+        """Whether frames are held back: after `pause`, until `resume`, also while steps are on their way out."""
         return self._worker.paused
+
+    @property
+    def device(self) -> str:
+        """Where it runs: what was asked for; of "auto", a GPU for the engine that needs one, else the CPU."""
+        if self._spec.device != "auto":
+            return self._spec.device
+        return "cuda" if self.engine == "trt" else "cpu"
 
     @property
     def unit(self) -> int:
@@ -395,7 +402,7 @@ class Stream:
             decoder=self._spec.decoder,
             tile=self._spec.tile,
             engine=self.engine,
-            device="cpu" if self._spec.device == "auto" and self.engine != "trt" else self._spec.device,
+            device=self.device,
             precision=self.precision,
         )
 

@@ -10,6 +10,7 @@ from cfrt.text import TABLE
 
 from . import pixels, transformer
 from .graph import rounded
+from .quantize import is_quantised
 from .segments import activations
 from .sources import Source, Tensors, shapes_of
 
@@ -23,7 +24,7 @@ def build(segment: Segment, source: Source, precision: str) -> ModelProto:
     tensors = tensors_of(segment, source)
     if segment.name in PIXELS:
         return pixels.build(segment, source.config, tensors, source.decoder)
-    return transformer.build(segment, source.config, tensors, precision)
+    return transformer.build(segment, source.config, tensors, precision, source.ranges)
 
 
 def tensors_of(segment: Segment, source: Source) -> Tensors:
@@ -68,6 +69,13 @@ def norms(source: Source, precision: str) -> dict[str, np.ndarray]:
         name: np.stack([rounded(source.dit[f"{layer}.{name}.weight"], act) for layer in layers])
         for name in ("norm_q", "norm_k")
     }
+
+
+def eight_bits(segment: Segment, source: Source) -> int:
+    """How many of its numbers are held in 8 bits, in such a precision."""
+    names = transformer.reads(segment, source.config) if segment.name not in PIXELS else []
+    known = shapes_of(source.dit)
+    return sum(int(np.prod(known[name])) for name in names if is_quantised(name))
 
 
 def numbers(segment: Segment, source: Source) -> int:

@@ -133,11 +133,12 @@ class _Child:
     def __init__(self, module: str, targets: Sequence[str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cfrt-")
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", builder_worker.__name__, module, *targets],
             cwd=self._folder.name,
             env=os.environ
-            | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "0"},  # the order of addresses, again
+            | {"PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"},  # the order of addresses, again
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,

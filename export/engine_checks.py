@@ -65,13 +65,19 @@ def _fusions(segment: Segment, model: ModelProto, report: Report) -> Iterator[st
     """Of the transformer in half precision: no kernel takes attention in fp32, nor the wide heads of a decoder."""
     if not is_transformer(segment) or all(port.dtype not in HALF for port in (*segment.inputs, *segment.outputs)):
         return
-    for what, kind, found in (
-        ("attentions in one kernel each", "Attention", report.attentions),
-        ("GELUs in the kernel of their product", "Gelu", report.fused_gelu),
+    rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    gelus = [node.output[0] in rounded for node in model.graph.node if node.op_type == "Gelu"]
+    for what, expected, found in (
+        ("attentions in one kernel each", _count(model, "Attention"), report.attentions),
+        ("GELUs in the kernel of their product", gelus.count(False), report.fused_gelu),
+        ("GELUs in the kernel that rounds them", gelus.count(True), report.rounded_gelu),
     ):
-        expected = sum(node.op_type == kind for node in model.graph.node)
         if found != expected:
             yield f"expected {expected} {what}, found {found}"
+
+
+def _count(model: ModelProto, kind: str) -> int:
+    return sum(node.op_type == kind for node in model.graph.node)
 
 
 def _quantised(model: ModelProto, report: Report) -> Iterator[str]:

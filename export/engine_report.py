@@ -61,6 +61,8 @@ class Report:
     """Attentions run by one fused kernel each."""
     fused_gelu: int
     """Products whose GELU is in the same kernel."""
+    rounded_gelu: int
+    """GELUs in one kernel with the rounding to 8 bits of the product that follows."""
     gemms: dict[str, tuple[str, ...]]
     """Types of the two factors of each matrix product, by the name of its layer."""
 
@@ -77,6 +79,7 @@ class Report:
             "stream_capturable": self.stream_capturable,
             "fused_attentions": self.attentions,
             "fused_gelu": self.fused_gelu,
+            "rounded_gelu": self.rounded_gelu,
             "gemms": self.gemm_types(),
         }
 
@@ -100,6 +103,7 @@ def read(path: Path) -> Report | None:
         stream_capturable=all("stream_capturable=1" in text for text in mains),
         attentions=len(re.findall(r"function=\{ name=_gemm_mha", main)),
         fused_gelu=len(re.findall(r"runtime_fusion=\{ name=__myl_\w*Fc\w*(?:Tanh|Erf|Gelu)", main)),
+        rounded_gelu=len(re.findall(r"\bfunction=\{ name=__myl_\w*(?:Tanh|Erf|Gelu)\w*Cast\b", main)),
         gemms=dict(gemm for text in sections for gemm in _gemms(text)),
     )
 
@@ -146,7 +150,8 @@ def _tensors(section: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 
 def _gemms(section: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Behind the name of a product that took its scales in, TensorRT puts a number."""
     types = {name: kind for name, _, kind in _tensors(section)}
     pattern = r'fully_connected=\{ name="([^"]*)" output=\{[^}]*\} input=\{"([^"]*)" "([^"]*)"'
     for layer, a, b in re.findall(pattern, section):
-        yield layer, (types.get(a, "?"), types.get(b, "?"))
+        yield re.sub(r"_U\d+$", "", layer), (types.get(a, "?"), types.get(b, "?"))

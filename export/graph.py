@@ -17,6 +17,7 @@ from cfrt.bundle import OUT, Segment
 from cfrt.errors import ExportError
 
 from . import graph_rules
+from .quantize import FORMATS, Product, Ranges, quantise, row_of
 
 OPSET = 23
 """The first with Attention and RMSNormalization, each one node that engine builders fuse."""
@@ -43,11 +44,22 @@ Value = str
 
 class Graph:
     """The graph of one segment while it is built. `weights` gives the model's tensors by name, fp32; eps is that of all
-    norms, which are over the last axis."""
+    norms, which are over the last axis. precision: of the products that the table of `quantize` names, where it is one
+    of 8 bits; `ranges` are then those of their inputs."""
 
-    def __init__(self, segment: Segment, weights: Mapping[str, np.ndarray], dtype: str, eps: float) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        weights: Mapping[str, np.ndarray],
+        dtype: str,
+        eps: float,
+        precision: str | None = None,
+        ranges: Ranges | None = None,
+    ) -> None:
         self.segment, self.dtype, self.eps = segment, dtype, eps
         self._weights = weights
+        self._format, self._ranges = precision if precision in FORMATS else None, ranges or {}
+        self._products: dict[tuple[str, ...], Product] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
 
@@ -59,9 +71,9 @@ class Graph:
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
-    def weight(self, name: str, *shape: int) -> Value:
-        """A tensor of the model, as it is or in another shape."""
-        array = self._weights[name]
+    def weight(self, name: str, *shape: int, factors: np.ndarray | None = None) -> Value:
+        """A tensor of the model, as it is or in another shape, or times factors."""
+        array = self._weights[name] if factors is None else self._weights[name] * factors
         return self.constant(name, array.reshape(shape) if shape else array)
 
     def stacked(self, name: str, weights: Sequence[str]) -> Value:
@@ -82,12 +94,47 @@ class Graph:
     # ------------------------------------------------------------------ layers
 
     def linear(self, x: Value, *layers: str) -> Value:
-        """x W^T + b; of several layers side by side."""
+        """x W^T + b; of several layers side by side. In 8 bits where the table says so."""
         name = layers[0] if len(layers) == 1 else "+".join(layers)
-        weight = np.concatenate([self._transposed(layer) for layer in layers], axis=1)
         bias = np.concatenate([self._weights[f"{layer}.bias"] for layer in layers])
-        product = self.op("MatMul", x, self.constant(f"{name}.weight", weight), name=name)
-        return self.op("Add", product, self.constant(f"{name}.bias", bias))
+        product = self._product(layers)
+        if product is None:
+            weight = self.constant(
+                f"{name}.weight", np.concatenate([self._transposed(layer) for layer in layers], axis=1)
+            )
+        else:
+            x, weight = self._narrowed(name, x, product), self._widened(name, product)
+        return self.op("Add", self.op("MatMul", x, weight, name=name), self.constant(f"{name}.bias", bias))
+
+    def inverse_factors(self, *layers: str) -> np.ndarray | None:
+        """What the input of these layers must have been multiplied by, [in]: None for nothing."""
+        product = self._product(layers)
+        return None if product is None else product.inverse_factors
+
+    def _product(self, layers: tuple[str, ...]) -> Product | None:
+        row = row_of(*layers)
+        if self._format is None or row is None:
+            return None
+        if layers not in self._products:
+            weight = np.concatenate([self._weights[f"{layer}.weight"] for layer in layers]).T
+            if not np.isfinite(weight).all():
+                raise ExportError(f"{layers[0]}.weight holds values that are not finite; mend the file")
+            largest = self._ranges[layers[0]]
+            self._products[layers] = quantise(weight, largest, self._format, balanced=row.balanced is not None)
+        return self._products[layers]
+
+    def _narrowed(self, name: str, x: Value, product: Product) -> Value:
+        """To 8 bits and back."""
+        scale = self.constant(f"{name}.input_scale", np.asarray(product.input_scale))
+        zero = self.constant("zero", np.zeros((), product.weight.dtype))  # which says the format
+        narrow = self.op("QuantizeLinear", x, scale, zero, name=f"{name}.input_quantised")
+        return self.op("DequantizeLinear", narrow, scale, zero, name=f"{name}.input")
+
+    def _widened(self, name: str, product: Product) -> Value:
+        weight = self.constant(f"{name}.weight", product.weight)
+        scale = self.constant(f"{name}.weight_scale", product.weight_scale)
+        zeros = self.constant(f"{name}.zeros", np.zeros(product.weight.shape[1], product.weight.dtype))
+        return self.op("DequantizeLinear", weight, scale, zeros, axis=1, name=f"{name}.weight_dequantised")
 
     def _transposed(self, layer: str) -> np.ndarray:
         """[in, out], in the graph's format: narrowed before it is put beside others, which is most of the work."""

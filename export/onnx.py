@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,10 +26,12 @@ from cfrt import __version__, memory
 from cfrt.bundle import TENSORS, Manifest, Segment, Verification
 from cfrt.errors import CfrtError
 
-from . import text_encoder, verify
-from .build import PIXELS, build, numbers, outside, tensors_of
+from . import calibrate, text_encoder, verify
+from .build import PIXELS, build, eight_bits, numbers, outside, tensors_of
+from .calibrate import Calibration
 from .draft import Draft, check_space, draft, key, source_of, write_bytes
 from .options import Checkpoint
+from .quantize import FORMATS
 from .segments import activations, layout
 from .sources import Source, find
 from .text_encoder import TextEncoder
@@ -41,7 +43,7 @@ SECONDS = {"tiny": 1.0, "taehv": 3.0, "wan": 8.0}
 """That PyTorch's exporter needs for one graph of such an autoencoder."""
 FREE = 256 << 20
 """Bytes that a disk must have left over."""
-CODE = ("graph", "transformer", "pixels", "segments")
+CODE = ("graph", "transformer", "pixels", "segments", "quantize")
 
 Extras = Callable[[Draft, Sequence[Segment]], Mapping[str, Any]]
 """What more to make in the draft, once the graphs are verified: fields of the manifest, in place of its own or more."""
@@ -51,8 +53,9 @@ Extras = Callable[[Draft, Sequence[Segment]], Mapping[str, Any]]
 class Options(Checkpoint):
     """Write the ONNX graphs of a model, verified, as a bundle that streams without PyTorch."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of the graphs. ONNX Runtime computes in fp32 in any case; bf16 halves the files."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = "fp32"
+    """Number format of the graphs. ONNX Runtime computes in fp32 in any case; bf16 halves the files. fp8 and int8 have
+    the large products in 8 bits, and bf16 around them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class Export:
     level: str
     out: Path
     text: TextEncoder | None
+    calibration: Calibration | None = None
+    """For 8 bits."""
     sizes: Mapping[str, int] = field(repr=False)
     """Segment -> about how many bytes its graph has."""
 
@@ -72,9 +77,9 @@ class Export:
         """Makes the bundle. ExportError when it cannot be written or fails its verification; then there is none."""
         check_space(self.out, sum(self.sizes.values()) + (0 if self.text is None else self.text.bytes) + FREE)
         with draft(self.out) as made:
-            self._graphs(made)
-            verification = self._verified(made)
-            notes, text = {}, None
+            ready, notes = self._calibrated(made)
+            ready._graphs(made)
+            verification, text = ready._verified(made), None
             if self.text is not None:
                 text = self.text.make(made)
                 notes["text_encoder"] = self.text.check(made.folder)
@@ -94,6 +99,13 @@ class Export:
             made.finish(manifest)
         return manifest
 
+    def _calibrated(self, made: Draft) -> tuple["Export", dict[str, Any]]:
+        """With the ranges of all that is quantised, and notes about them."""
+        if self.calibration is None:
+            return self, {}
+        source, seen = self.calibration.run(self.source, made)
+        return replace(self, source=source), {"quantization": calibrate.described(seen, self.precision)}
+
     def _graphs(self, made: Draft) -> None:
         with tqdm(total=sum(self.sizes.values()), unit="B", unit_scale=True, desc="graphs", leave=False) as bar:
             for segment in self.segments:
@@ -112,8 +124,10 @@ class Export:
         config = self.source.config
         tensors = tensors_of(segment, self.source)
         content = (part for name in sorted(tensors) for part in (name, np.ascontiguousarray(tensors[name]).tobytes()))
+        ranges = self.source.ranges if segment.name not in PIXELS else {}
+        seen = (part for name in sorted(ranges) for part in (name, ranges[name].tobytes()))
         said = (source_of(CODE), repr(segment), repr(config), self.precision, self.source.decoder)
-        return key(*said, *content)
+        return key(*said, *content, *seen)
 
     def _verified(self, made: Draft) -> Verification:
         print(f"verifying ({self.level}) ...", file=sys.stderr)
@@ -129,12 +143,18 @@ class Export:
         lines = [
             f"{config.name}: {memory.parameters(config) / 1e6:.1f} M parameters, {width}x{height} pixels, "
             f"F = {config.unit}, W = {config.window}, K = {config.sinks}",
-            f"weights from {self.source.origin}; decoder {self.source.decoder}; {activations(self.precision)} graphs",
+            f"weights from {self.source.origin}; decoder {self.source.decoder}; {self._format()} graphs",
             f"{len(self.segments)} segments, about {total / 1e6:.0f} MB and {seconds:.0f} s; verified: {self.level}",
         ]
+        if self.calibration is not None:
+            lines.append(f"calibration: {len(self.calibration.texts)} streams, prompts {self.calibration.origin}")
         if self.text is not None:
             lines.append(f"text encoder: int8, {self.text.bytes / 1e6:.0f} MB")
         return "\n".join([*lines, *(f"  {name:<14} {size / 1e6:9.2f} MB" for name, size in self._by_kind().items())])
+
+    def _format(self) -> str:
+        narrow = f"{self.precision} products in " if self.precision in FORMATS else ""
+        return f"{narrow}{activations(self.precision)}"
 
     def _by_kind(self) -> dict[str, int]:
         kinds: dict[str, list[int]] = {}
@@ -157,13 +177,15 @@ def plan(options: Checkpoint, precision: str) -> Export:
         level=options.verify or ("full" if small else "segments"),
         out=options.out.expanduser(),
         text=text,
+        calibration=calibrate.find(options, source, precision),
         sizes=sizes,
     )
 
 
 def _size(segment: Segment, source: Source, precision: str) -> int:
     dtype = "fp32" if segment.name == "encoder" else activations(precision)
-    return BYTES[dtype] * numbers(segment, source)
+    narrow = eight_bits(segment, source) if precision in FORMATS else 0
+    return BYTES[dtype] * (numbers(segment, source) - narrow) + narrow
 
 
 def tools() -> dict[str, str]:

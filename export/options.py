@@ -48,6 +48,10 @@ class Checkpoint:
     """One unit after another, with sinks at the trained distance, of a model that was trained for rolling windows as
     well: what a bundle can do of them."""
 
+    calibration: Path | None = None
+    """File of prompts, one a line, that activations are measured with before they are rounded to 8 bits. Default: some
+    for the embedded student's vocabulary."""
+
     verify: Level | None = None
     """"full" runs the whole chain through the ring's wrap and its sinks; "segments" one segment of each kind, with few
     tokens. Default: full below 0.3 billion parameters."""

@@ -23,6 +23,7 @@ from cfrt.text import TABLE
 from cfrt.weights import CONFIG_FILE, WEIGHTS_FILE, load_model, match_shapes, part
 
 from .options import Checkpoint
+from .quantize import Ranges
 from .segments import decoder_config
 
 Tensors = Mapping[str, np.ndarray]
@@ -45,6 +46,8 @@ class Source:
     """Rows of text, of a model that has its own."""
     origin: str
     """Where the transformer's weights come from, in words."""
+    ranges: Ranges = field(default_factory=dict, repr=False)
+    """Of the inputs of products in 8 bits, once they were seen."""
 
 
 class Lazy(Mapping[str, np.ndarray]):
@@ -101,7 +104,10 @@ def _model(name: str) -> tuple[ModelConfig, Path | None]:
     if name in PRESETS and name not in students.embedded():
         made = hub.model_folder(name)
         return PRESETS[name], made if (made / CONFIG_FILE).is_file() else None
-    folder = students.find(name)
+    try:
+        folder = students.find(name)
+    except WeightsError as error:
+        raise WeightsError(f"{error}, a .json of a config, or one of {', '.join(PRESETS)}") from None
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(f"expected {WEIGHTS_FILE} in {folder}, which is no model that can be exported")
     return ModelConfig.load(folder / CONFIG_FILE), folder

@@ -6,7 +6,7 @@ scale and shift are computed. Tensors of the model are named as Wan names them.
 Legend: M tokens of a unit, d width, L text rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnx import ModelProto
@@ -15,15 +15,23 @@ from cfrt.bundle import Segment
 from cfrt.config import ModelConfig
 
 from .graph import Graph, Value
+from .quantize import Ranges
 from .segments import activations, between
 
 SHIFT, SCALE, GATE = range(3)
 """Rows of a modulation: three for self-attention, three for the feed-forward."""
 
 
-def build(segment: Segment, config: ModelConfig, weights: Mapping[str, np.ndarray], precision: str) -> ModelProto:
-    """The graph of one segment. `weights`: the DiT's tensors by Wan's names; only those of this segment are asked."""
-    graph = Graph(segment, weights, activations(precision), config.eps)
+def build(
+    segment: Segment,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    precision: str,
+    ranges: Ranges | None = None,
+) -> ModelProto:
+    """The graph of one segment. `weights`: the DiT's tensors by Wan's names; only those of this segment are asked.
+    `ranges`: those of the inputs of its products, in 8 bits."""
+    graph = Graph(segment, weights, activations(precision), config.eps, precision, ranges)
     made = {"text_kv": _text_kv, "head": _head, "mid": _mid, "tail": _tail}[segment.kind]
     return graph.finish(made(graph, config))
 
@@ -99,7 +107,7 @@ def _mid(graph: Graph, config: ModelConfig) -> dict[str, Value]:
 def _tail(graph: Graph, config: ModelConfig) -> dict[str, Value]:
     x = _layer(graph, config, config.depth - 1)
     table = graph.op("Add", "embedding", graph.weight("head.modulation", -1, config.width))  # [2, d]
-    y = graph.linear(_modulated(graph, x, table, 0), "head.head")
+    y = graph.linear(_modulated(graph, x, table, 0, ["head.head"]), "head.head")
     return {"velocity": graph.cast(_unpatched(graph, config, y), "fp32")}
 
 
@@ -110,8 +118,8 @@ def _projections(graph: Graph, config: ModelConfig, layer: int, x: Value, modula
     """[M, 3 d]: q, k and v of a layer's self-attention."""
     block = f"blocks.{layer}"
     table = graph.op("Add", modulation, graph.weight(f"{block}.modulation", -1, config.width))
-    a = _modulated(graph, x, table, 0)
-    qkv = graph.linear(a, *(f"{block}.self_attn.{name}" for name in "qkv"))
+    layers = [f"{block}.self_attn.{name}" for name in "qkv"]
+    qkv = graph.linear(_modulated(graph, x, table, 0, layers), *layers)
     return _converted(graph, qkv, between(graph.dtype))
 
 
@@ -121,9 +129,9 @@ def _layer(graph: Graph, config: ModelConfig, layer: int) -> Value:
     table = graph.op("Add", "modulation", graph.weight(f"{block}.modulation", -1, config.width))
     a = graph.linear(_converted(graph, "attended", graph.dtype), f"{block}.self_attn.o")
     x = graph.op("Add", "x", graph.op("Mul", a, _row(graph, table, GATE)))
-    a = graph.layer_norm(x, graph.weight(f"{block}.norm3.weight"), graph.weight(f"{block}.norm3.bias"))
+    a = _normed(graph, x, f"{block}.norm3", f"{block}.cross_attn.q")
     x = graph.op("Add", x, _cross_attention(graph, config, f"{block}.cross_attn", a))
-    a = graph.linear(_modulated(graph, x, table, 3), f"{block}.ffn.0")
+    a = graph.linear(_modulated(graph, x, table, 3, [f"{block}.ffn.0"]), f"{block}.ffn.0")
     a = graph.linear(graph.op("Gelu", a, approximate="tanh"), f"{block}.ffn.2")
     return graph.op("Add", x, graph.op("Mul", a, _row(graph, table, 3 + GATE)))
 
@@ -137,10 +145,22 @@ def _cross_attention(graph: Graph, config: ModelConfig, layer: str, x: Value) ->
     return graph.linear(graph.op("Squeeze", y, batch), f"{layer}.o")
 
 
-def _modulated(graph: Graph, x: Value, table: Value, first: int) -> Value:
-    """LN(x) (1 + scale) + shift, by the rows of a modulation from `first` on."""
+def _modulated(graph: Graph, x: Value, table: Value, first: int, layers: Sequence[str]) -> Value:
+    """LN(x) (1 + scale) + shift, by the rows of a modulation from `first` on, as the input of these layers."""
     scale = graph.op("Add", _row(graph, table, first + SCALE), graph.constant("one", np.ones(1, np.float32)))
-    return graph.layer_norm(x, scale, _row(graph, table, first + SHIFT))
+    shift = _row(graph, table, first + SHIFT)
+    factors = graph.inverse_factors(*layers)
+    if factors is not None:
+        even = graph.constant(f"{layers[0]}.inverse_factors", factors)
+        scale, shift = graph.op("Mul", scale, even), graph.op("Mul", shift, even)
+    return graph.layer_norm(x, scale, shift)
+
+
+def _normed(graph: Graph, x: Value, norm: str, layer: str) -> Value:
+    """LN(x) with its own weight and bias, as the input of a layer."""
+    factors = graph.inverse_factors(layer)
+    scale, shift = (graph.weight(f"{norm}.{kind}", factors=factors) for kind in ("weight", "bias"))
+    return graph.layer_norm(x, scale, shift)
 
 
 def _converted(graph: Graph, x: Value, dtype: str) -> Value:

@@ -6,6 +6,10 @@ graphs hold them, so that what differs is a wrong graph and not a rounding; and 
 which says what the rounding costs. Every unit is given the same latents in all three, so errors do not feed on
 themselves through the sampling, but the ring keeps what each has written.
 
+Activations in 8 bits go through unrounded when graphs are compared. One that lies between two numbers may become either
+of them, and what follows from that grows from layer to layer, so that the same arithmetic, summed up in another order,
+differs from itself by almost as much as the rounding costs. What it costs is measured with them rounded.
+
 `full` takes the bundle's own files through at least 2 (W + K) latent frames: the ring wraps, sinks stay. `segments` is
 for models too large for that: a model of two layers, the first and the last, at full width with few tokens, through a
 short ring's wrap; and every file of the bundle must be the same graph, node by node, as the one that was run.
@@ -20,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
 from cfrt import noise, shapes
 from cfrt.bundle import Segment, Verification
@@ -35,8 +39,9 @@ from cfrt.nn.ring import RingCache
 from cfrt.nn.taehv import TAEHV
 from cfrt.nn.wan_vae import WanVAE
 
-from .build import build, norms
+from .build import PIXELS, build, norms
 from .graph import rounded
+from .quantize import FORMATS, quantise, rows
 from .segments import activations, decoder_config, layout
 from .sources import Lazy, Source, Tensors
 
@@ -44,9 +49,9 @@ EXACT = 1e-4
 """Relative error (L2) of a graph against the same arithmetic in PyTorch, both fp32; measured: 1e-6 to 1e-5."""
 SCALARS = 1e-2
 """The same of pixels from half-precision graphs, in which PyTorch's exporter rounds scalars too; measured: 2e-3."""
-ROUNDING = {"fp32": EXACT, "bf16": 0.1, "fp16": 0.05}
-"""Relative error of the velocity that rounding the weights may cause; measured on the embedded student: see its
-manifest."""
+ROUNDING = {"fp32": EXACT, "bf16": 0.1, "fp16": 0.05, "fp8": 0.2, "int8": 0.2}
+"""Relative error of the velocity that rounding the weights (in 8 bits the inputs too) may cause; measured on the
+embedded student: see its manifest."""
 SMALL = 300_000_000
 """Parameters below which a model is verified in full."""
 DECODED = 4
@@ -112,7 +117,9 @@ def few_tokens(source: Source) -> Source:
     last = f"blocks.{config.depth - 1}."
     names = {name: name.replace("blocks.1.", last) if small.depth == 2 else name for name in shapes.dit(small)}
     dit = Lazy(shapes.dit(small), lambda name: source.dit[names[name]])
-    return replace(source, config=small, dit=dit)
+    products = (layers[0] for _, layers in rows(small)) if source.ranges else ()
+    ranges = {name: source.ranges[names[f"{name}.weight"].removesuffix(".weight")] for name in products}
+    return replace(source, config=small, dit=dit, ranges=ranges)
 
 
 def same_graph(name: str, found: ModelProto, expected: ModelProto) -> None:
@@ -131,7 +138,7 @@ def _verified(level: str, precision: str, units: int, errors: Mapping[str, float
     """ExportError when an error is above its limit, or is no number."""
     half = activations(precision) != "fp32"
     limits = {name: SCALARS if half and name == "video" else EXACT for name in errors}
-    limits["rounding"] = ROUNDING[activations(precision)]
+    limits["rounding"] = ROUNDING[precision]
     wrong = [
         f"{name} {errors[name]:.3g} (at most {limits[name]:g})" for name in errors if not errors[name] <= limits[name]
     ]
@@ -161,9 +168,9 @@ def compare(
     encoder's latent. And `rounding`: of the velocity against unrounded weights."""
     config, act = source.config, activations(precision)
     device, chain = _chain(source, segments, graphs, precision)
-    dit = Lazy(shapes.dit(config), lambda name: rounded(source.dit[name], act))
-    networks = [_Network(config, dit), *([_Network(config, source.dit)] if act != "fp32" else [])]
-    everybody: tuple[OnnxEngine | _Network, ...] = (chain, *networks)
+    networks = [_alike(source, precision), *([_Network(config, source.dit)] if act != "fp32" else [])]
+    rounding = [_chain(source, segments, graphs, precision, rounding=True)[1]] if precision in FORMATS else []
+    everybody: tuple[OnnxEngine | _Network, ...] = (chain, *networks, *rounding)
     found: dict[str, list[float]] = {"velocity": [], "rounding": [], "text": []}
     for unit in range(units):
         if unit in (0, units // 2):
@@ -173,9 +180,9 @@ def compare(
             found["text"] += _text_errors(device, networks[0])
         for step, s in enumerate(LEVELS):
             x = chain.noise(unit, step)
-            v, *others = (v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in everybody)
-            found["velocity"].append(_error(v, others[0]))
-            found["rounding"].append(_error(v, others[-1]))
+            v = [v_from_x0(x, each.denoise(x, TIME_SCALE * s, unit), np.float32(s)) for each in everybody]
+            found["velocity"].append(_error(v[0], v[1]))
+            found["rounding"].append(_error(v[-1 if rounding else 0], v[len(networks)]))
         for each in everybody:
             each.commit(chain.noise(unit, len(LEVELS)), unit)
     found["ring"] = _ring_errors(device, networks[0])
@@ -214,42 +221,77 @@ class _Witness(CpuDevice):
 
 
 def _chain(
-    source: Source, segments: Sequence[Segment], graphs: Mapping[str, ModelProto], precision: str
+    source: Source,
+    segments: Sequence[Segment],
+    graphs: Mapping[str, ModelProto],
+    precision: str,
+    *,
+    rounding: bool = False,
 ) -> tuple[CpuDevice, OnnxEngine]:
+    """rounding: with activations rounded to 8 bits where the graphs say so, and then without pixels."""
     device = _Witness(source.config, norms(source, precision), threads=torch.get_num_threads())
     for segment in segments:
-        device.load(segment, _twin(graphs[segment.name]))
+        if not (rounding and segment.name in PIXELS):
+            device.load(segment, _twin(graphs[segment.name], rounding))
     chain = OnnxEngine()
     chain.connect(device, source.config, segments)
     return device, chain
 
 
-def _twin(model: ModelProto) -> bytes:
+def _twin(model: ModelProto, rounding: bool) -> bytes:
     copy = ModelProto()
     copy.CopyFrom(model)
     widen(copy)
+    if not rounding:
+        _leave_unrounded(copy)
     twin: bytes = copy.SerializeToString()
     return twin
+
+
+def _leave_unrounded(model: ModelProto) -> None:
+    """Takes the rounding of activations out: what was quantised and dequantised again goes through as it was."""
+    narrowed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in narrowed:
+            node.CopyFrom(helper.make_node("Identity", [narrowed[node.input[0]]], list(node.output), name=node.name))
+    kept = [node for node in model.graph.node if node.op_type != "QuantizeLinear"]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 class _Network:
     """`cfrt.nn` as the passes of an engine, on arrays."""
 
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
-        self._dit = CausalDiT.from_arrays(config, tensors).eval()
+        self.dit = CausalDiT.from_arrays(config, tensors).eval()
         self.ring = RingCache(config)
 
     def set_text(self, rows: np.ndarray) -> None:
-        self.text = self._dit.text_kv(torch.from_numpy(rows)[None, None])
+        self.text = self.dit.text_kv(torch.from_numpy(rows)[None, None])
 
     def denoise(self, latents: np.ndarray, t: float, unit: int) -> np.ndarray:
         x = torch.from_numpy(latents)
-        v = self._dit.step(x, torch.tensor([t], dtype=torch.float64), self.text, self.ring, unit)
+        v = self.dit.step(x, torch.tensor([t], dtype=torch.float64), self.text, self.ring, unit)
         x0: np.ndarray = x0_from_v(x, v, t / TIME_SCALE).numpy()
         return x0
 
     def commit(self, latents: np.ndarray, unit: int) -> None:
-        self._dit.commit(torch.from_numpy(latents), self.text, self.ring, unit)
+        self.dit.commit(torch.from_numpy(latents), self.text, self.ring, unit)
+
+
+def _alike(source: Source, precision: str) -> _Network:
+    """In fp32, with weights rounded as the graphs hold them."""
+    act = activations(precision)
+    dit = Lazy(shapes.dit(source.config), lambda name: rounded(source.dit[name], act))
+    network = _Network(source.config, dit)
+    for row, layers in rows(source.config) if precision in FORMATS else ():
+        weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
+        product = quantise(weight, source.ranges[layers[0]], precision, balanced=row.balanced is not None)
+        factors = 1 if product.inverse_factors is None else product.inverse_factors[:, None]
+        parts = torch.from_numpy((product.dequantised() * factors).T).chunk(len(layers))
+        for layer, part in zip(layers, parts, strict=True):
+            network.dit.get_parameter(f"{layer}.weight").copy_(part)
+    return network
 
 
 def _text_errors(device: CpuDevice, network: _Network) -> list[float]:

@@ -327,6 +327,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--help"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("--seconds", "--seed", "--then", "-o FILE", "--engine", "--json", "-q"))
+    assert "{None}" not in out
 
 
 def test_doctor(student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_an_attention(engines: dict[str, Path]) -> None:
         "stream_capturable": True,
         "fused_attentions": 1,
         "fused_gelu": 0,
+        "rounded_gelu": 0,
         "gemms": {},
     }
 

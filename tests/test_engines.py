@@ -291,7 +291,9 @@ def test_no_cuda_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"threads": 0}, {"decoder": "vq"}], ids=str
+    "wrong",
+    [{"precision": "fp12"}, {"seed": -1}, {"seed": 2**64}, {"seed": 1.5}, {"threads": 0}, {"decoder": "vq"}],
+    ids=str,
 )
 def test_a_spec_that_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="expected"):

@@ -134,7 +134,7 @@ def test_an_export_that_cannot_be_done_says_so(elsewhere: Path, tmp_path: Path, 
     assert done.stderr.count("\n") == 1
     wrong = run(elsewhere, *command, "wan-2b", cwd=tmp_path)
     assert wrong.returncode == 1
-    assert "there is no model 'wan-2b'" in wrong.stderr
+    assert "wan-1.3b-framewise-2step" in wrong.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -96,10 +96,15 @@ def test_the_command_says_predicted_first(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert text.startswith("PREDICTED, not measured: wan-1.3b-framewise-2step on one RTX 4090, 480x832, int8, 2 steps")
     assert "at least 24 fps" in text
+    assert not set("{}'") & set(text)  # prose and numbers, nothing of how Python prints a container
     assert main(["bench", "--predict", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["label"], found["window"], found["steps"]) == ("predicted", 9, 2)
     assert found["unit_ms"]["fast"] < found["unit_ms"]["slow"]
+    for end in ("fast", "slow"):
+        one = sum(term[end] for term in found["pass_ms"].values())
+        assert found["unit_ms"][end] == pytest.approx(3 * one + found["decode_ms"][end])
+        assert found["latency_ms"][end] == pytest.approx(2 * one + found["decode_ms"][end])
 
 
 @pytest.mark.parametrize(

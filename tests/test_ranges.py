@@ -39,7 +39,7 @@ def test_parts_are_the_mask(unit: int, wider: int, sinks: int, frames: int, fram
     np.testing.assert_array_equal(drawn, to_tokens(geometry.teacher_forcing_mask(frames), frame_tokens))
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])  # the others have no gradient, or take no mask
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])  # those that take masks and have gradients
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_ranges_are_the_mask(geometry: tuple[int, ...], backend: str) -> None:
     """fp64: the same v and the same gradients, with respect to both halves and to every weight."""

@@ -176,6 +176,10 @@ def test_the_keyboard_does_it_all(open_page: Open) -> None:
     page.press("dialog", "Escape")
     page.press("body", "s")
     assert page.get_attribute("#smooth", "aria-checked") == "true"
+    page.press("body", "f")
+    full = ":fullscreen canvas.picture"
+    page.wait_for_selector(full)
+    assert page.eval_on_selector(full, "e => getComputedStyle(e).objectFit") == "contain", "it keeps its shape"
 
 
 @pytest.mark.slow

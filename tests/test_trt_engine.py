@@ -13,15 +13,17 @@ from student_fixture import BLUE, RED, random_weights
 from trt_fixture import BUILDER, gpu_config, make_bundle, rows_of, spec_of
 
 import cfrt
+from cfrt.bench import Bench
 from cfrt.bundle import Bundle, Plan
 from cfrt.config import ModelConfig
-from cfrt.engines import Engine, Spec, refusal, trt
+from cfrt.engines import Engine, Spec, choose, refusal, trt
 from cfrt.engines.gpu import Gpu, Upload
 from cfrt.engines.torch import TorchEngine
 from cfrt.engines.trt import TrtEngine
 from cfrt.errors import BundleError, EngineError
 from cfrt.flow import TIME_SCALE, euler, renoise, sigmas, v_from_x0
 from cfrt.noise import Purpose, normal
+from cfrt.serve.command import Serve
 
 pytestmark = pytest.mark.cpu
 
@@ -134,12 +136,19 @@ def test_a_pass_is_captured_once_and_a_stream_takes_no_more_memory(bundle: Bundl
 def test_the_worker_streams_from_it(bundle: Bundle, monkeypatch: Patch) -> None:
     """By the folder's name alone, in the worker's thread, with a change of prompt."""
     with FakeGpu(bundle).installed(monkeypatch), cfrt.Stream(RED, model=bundle.folder, seed=3, fps="max") as made:
-        assert (made.engine, made.precision) == ("trt", "bf16")
+        assert (made.engine, made.device, made.precision) == ("trt", "cuda", "bf16")
         pictures = [frame.pixels for frame in made.frames(n=9)]
         made.prompt(BLUE, recache=True)
         prompts = [frame.prompt for frame in made.frames(n=12)]
     assert np.std(pictures) > 1
     assert prompts[-1] == BLUE
+
+
+def test_the_commands_take_the_gpu_that_is_there(bundle: Bundle, monkeypatch: Patch) -> None:
+    """`cfrt serve` and `cfrt bench` with nothing but --model: the engine is trt, not the CPU's."""
+    for command in (Serve(), Bench()):
+        with FakeGpu(bundle).installed(monkeypatch):
+            assert choose("auto", spec_of(bundle, device=command.device))[0].name == "trt"
 
 
 def test_a_stream_can_start_from_a_picture(bundle: Bundle, monkeypatch: Patch) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..config import ModelConfig
 from ..errors import EngineError
+from ..noise import is_seed
 
 Latents = Any
 """One unit of latents in the engine's own memory, [1, F, C, h, w] by meaning."""
@@ -52,8 +53,8 @@ class Spec:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise EngineError(f"expected a precision among {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if not 0 <= self.seed < 2**64:
-            raise EngineError(f"expected a seed from 0 to 2**64 - 1, got {self.seed}")
+        if not is_seed(self.seed):
+            raise EngineError(f"expected a seed, a whole number from 0 to 2**64 - 1, got {self.seed!r}")
         if self.threads is not None and self.threads < 1:
             raise EngineError(f"expected at least one thread, got {self.threads}")
         if self.decoder not in (None, "taehv"):

@@ -80,6 +80,8 @@ class CpuDevice:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        for entry in ("session.x64quantprecision", "session.qdq_matmulnbits_accuracy_level"):
+            options.add_session_config_entry(entry, "1")  # no int8 sums that saturate, no activations rounded unasked
         try:
             session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's errors share no base

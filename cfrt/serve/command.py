@@ -32,8 +32,8 @@ class Serve:
     """An embedded model (see `cfrt models`) or the folder of one."""
     engine: str = "auto"
     """How to run it (see `cfrt doctor`)."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. Default: what the engine can do nothing without, else the CPU."""
     precision: str = "auto"
     """fp32, bf16, int8, fp16 or fp64; auto takes what is fastest on this machine and good enough."""
     threads: int = 1

@@ -39,4 +39,7 @@ def find(model: str | PathLike[str]) -> Path:
         if (made / CONFIG).is_file():
             return made
         raise WeightsError(f"{name!r} is a preset whose weights are not in {made}: fetch them with `cfrt pull {name}`")
-    raise WeightsError(f"there is no model {name!r}: expected a folder with {CONFIG} or an embedded student ({known})")
+    raise WeightsError(
+        f"there is no model {name!r}: expected a folder with {CONFIG} or {MANIFEST}, an embedded student ({known}) "
+        "or a preset (`cfrt models` lists them)"
+    )

@@ -1,0 +1,182 @@
+"""How large do the inputs of a product become? Seen in streams of `cfrt.nn` in fp32, before anything is quantised.
+
+Every prompt is one stream of the student as it will run: its own step lists, noise, ring and clean passes. Random
+weights have no prompts that they could read: they are shown random text and noise, a few tokens of it, which is what
+such an export is verified with as well. It measures time and size, not what quantising costs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cfrt import flow, noise
+from cfrt.config import ModelConfig
+from cfrt.errors import ExportError
+from cfrt.nn.dit import CausalDiT, TextKV
+from cfrt.nn.ring import RingCache
+from cfrt.text import TABLE as TEXT_TABLE
+from cfrt.text import encoder
+
+from .draft import Draft, key, source_of, write_bytes
+from .options import Checkpoint
+from .quantize import FORMATS, KEPT, TABLE, rows
+from .sources import RANDOM, Source
+
+FILE = "calibration.safetensors"
+"""In the bundle: the ranges that its scales come from."""
+UNITS = 8
+"""Of each stream."""
+SEED = 1
+PROMPTS = (
+    "a large red circle moving left over the ocean",
+    "a small blue square moving up",
+    "a large green triangle moving right slowly",
+    "a small yellow circle moving down fast",
+    "a large white square moving left fast",
+    "a small pink triangle moving up over the night sky",
+)
+"""For the vocabulary of the embedded student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What is shown to a model. `find` makes it."""
+
+    origin: str
+    """Of the prompts, in words."""
+    texts: tuple[np.ndarray, ...] = field(repr=False)
+    """Rows of text of each stream, fp32 [L, text width]."""
+    config: ModelConfig
+    """The model's, or the same with fewer tokens."""
+
+    def run(self, source: Source, made: Draft) -> tuple[Source, dict[str, Any]]:
+        """The source with its ranges, which are put in the draft or found there; and notes for the manifest."""
+        begin = perf_counter()
+        weights = (part for name in sorted(source.dit) for part in (name, source.dit[name].tobytes()))
+        texts = (text.tobytes() for text in self.texts)
+        content = key(source_of(("calibrate", "quantize")), repr(self.config), *texts, *weights)
+        again = made.make(FILE, content, lambda path: write_bytes(save(self.observe(source)), path))
+        notes = {
+            "prompts": self.origin,
+            "streams": len(self.texts),
+            "units": UNITS,
+            "seconds": round(perf_counter() - begin, 1) if again else "done by an earlier run of this export",
+            "ranges": FILE,
+        }
+        return replace(source, ranges=load_file(made.folder / FILE)), notes
+
+    @torch.no_grad()
+    def observe(self, source: Source) -> dict[str, np.ndarray]:
+        """The largest |x| of each input of each product that will be quantised: `quantize.Ranges`."""
+        dit = CausalDiT.from_arrays(self.config, source.dit).eval()
+        seen: dict[str, Tensor] = {}
+        for _, layers in rows(self.config):
+            for layer in layers:  # the clean pass of the last block asks for fewer of them
+                dit.get_submodule(layer).register_forward_pre_hook(_watch(layers[0], seen))
+        passes = len(self.texts) * UNITS
+        with tqdm(total=passes, desc="calibration", unit="unit", leave=False) as bar:
+            for number, rows_of_text in enumerate(self.texts):
+                ring, text = RingCache(self.config), dit.text_kv(torch.from_numpy(rows_of_text)[None, None])
+                for unit in range(UNITS):
+                    latents = _played(dit, text, ring, unit, SEED + number)
+                    dit.commit(latents, text, ring, unit)
+                    bar.update()
+        return {name: largest.float().numpy() for name, largest in seen.items()}
+
+
+def _watch(name: str, seen: dict[str, Tensor]) -> Any:
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        largest = inputs[0].abs().flatten(0, -2).amax(0)
+        seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
+
+    return watch
+
+
+def _played(dit: CausalDiT, text: TextKV, ring: RingCache, unit: int, seed: int) -> Tensor:
+    """A unit's latents [1, F, C, h, w], by the student's own steps."""
+    config = dit.config
+    shape = (1, config.unit, config.latent_channels, *config.latent_grid)
+    levels = flow.sigmas(config.unit_steps(unit), config.shift)
+    x = torch.from_numpy(noise.normal(seed, unit, 0, 0, shape))
+    for step, (s, _) in enumerate(pairwise((*levels, 0.0))):
+        if step:
+            x = flow.renoise(x, torch.from_numpy(noise.normal(seed, unit, step, 0, shape)), s)
+        t = torch.tensor([flow.TIME_SCALE * s], dtype=torch.float64)
+        x = flow.x0_from_v(x, dit.step(x, t, text, ring, unit), s)
+    return x
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def find(options: Checkpoint, source: Source, precision: str) -> Calibration | None:
+    """What to calibrate with; None for a precision without scales. ExportError when it is not said or cannot be read,
+    PromptError or WeightsError when a prompt cannot."""
+    if precision not in FORMATS:
+        if options.calibration is not None:
+            raise ExportError(f"--calibration is for --precision fp8 and int8, not for {precision}; leave it out")
+        return None
+    if options.weights == RANDOM:
+        return _at_random(options, source.config)
+    origin, prompts = _prompts(options.calibration, source)
+    table = {} if source.table is None else {TEXT_TABLE: source.table}
+    text = encoder(source.config, table, options.text_encoder)
+    texts = []
+    for prompt in prompts:
+        encoded = text.encode(prompt)
+        if encoded.unknown:
+            raise ExportError(
+                f"the model does not know {', '.join(encoded.unknown)} of the calibration prompt {prompt!r}; "
+                "give prompts like those of its streams, one a line: --calibration FILE"
+            )
+        texts.append(np.ascontiguousarray(encoded.rows, dtype=np.float32))
+    return Calibration(origin=origin, texts=tuple(texts), config=source.config)
+
+
+def _at_random(options: Checkpoint, config: ModelConfig) -> Calibration:
+    if options.calibration is not None:
+        raise ExportError("random weights read no prompts: leave out --calibration, or give real --weights")
+    _, ph, pw = config.patch
+    text = noise.normal(SEED, 0, 0, 0, (config.text.length, config.text.width))
+    few = replace(config, latent_grid=(2 * ph, 2 * pw))
+    return Calibration(origin="none: random text and noise, for random weights", texts=(text,), config=few)
+
+
+def _prompts(file: Path | None, source: Source) -> tuple[str, tuple[str, ...]]:
+    """Where they come from, and the prompts."""
+    if file is None:
+        if source.config.text.kind != "table":
+            raise ExportError(
+                "8-bit products need prompts to measure activations with: give some like those that will be streamed, "
+                "one a line, with --calibration FILE"
+            )
+        return "built in", PROMPTS
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"expected --calibration to be a file of prompts, one a line; {file}: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ExportError(f"expected prompts in {file}, one a line, got none")
+    return file.name, prompts
+
+
+def described(calibration: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """The note `quantization` of a manifest: the table, and where its scales come from."""
+    return {
+        "format": {"int8": "int8", "fp8": "fp8 E4M3"}[precision],
+        "weights": "a scale for each output, from its largest number",
+        "activations": "a static scale for the tensor, from the largest number seen in calibration",
+        "products": {"+".join(row.layers): {"inputs balanced in": row.balanced} for row in TABLE},
+        "kept": list(KEPT),
+        "calibration": dict(calibration),
+    }

@@ -1,0 +1,154 @@
+"""Products of 8-bit numbers: which layers have them, in which formats, and by which scales.
+
+A quantised product is written out in the graph, by QuantizeLinear and DequantizeLinear around a MatMul, so that every
+engine that runs it rounds in the same places:
+
+    y = (D(Q(x / f)) D(W' f)) + b        Q divides by a scale, rounds and cuts off; D multiplies by it again
+
+Weights have a scale for each output, from their own largest number. Activations have one for the tensor, from what was
+seen during calibration (export/calibrate.py). f evens out the inputs of a product (SmoothQuant, arXiv:2211.10438): a
+channel with large activations and small weights gives some of its size to the weights, so that one scale fits all
+channels. f is of powers of two, so nothing is rounded by it, and it is folded into what is computed before the product:
+the rows of a modulation, or the weight and bias of a norm. Where only an attention or a GELU comes before, there is no
+such place, and f is 1.
+
+Legend: in and out, the widths of a product.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from cfrt.config import ModelConfig
+
+Ranges = Mapping[str, np.ndarray]
+"""The first layer of a product -> the largest |x| of each of its inputs, fp32 [in]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One product of every block, in the table of what is quantised."""
+
+    layers: tuple[str, ...]
+    """Side by side in one product."""
+    balanced: str | None
+    """Where the factors of its inputs are folded in."""
+
+
+TABLE = (
+    Row(layers=("self_attn.q", "self_attn.k", "self_attn.v"), balanced="modulation"),
+    Row(layers=("self_attn.o",), balanced=None),
+    Row(layers=("cross_attn.q",), balanced="norm3"),
+    Row(layers=("cross_attn.o",), balanced=None),
+    Row(layers=("ffn.0",), balanced="modulation"),
+    Row(layers=("ffn.2",), balanced=None),
+)
+"""Before `self_attn.o` lie the ring and before `cross_attn.o` the text's values: both are seen by others, and a factor
+in them would be another format of the same bundle. A GELU lets no factor through to `ffn.2`."""
+KEPT = (
+    "patch_embedding",
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+    "cross_attn.k",
+    "cross_attn.v",
+    "head.head",
+    "decoder",
+    "encoder",
+)
+"""What stays as it is: a thousandth of the work of a pass, or once a prompt, and the first and the last layers, which
+are the sensitive ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """8 bits: the type, and its largest number."""
+
+    dtype: np.dtype
+    largest: float
+
+
+FORMATS = {
+    "int8": Format(dtype=np.dtype(np.int8), largest=127),
+    "fp8": Format(dtype=np.dtype(ml_dtypes.float8_e4m3fn), largest=448),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product in 8 bits."""
+
+    weight: np.ndarray
+    """[in, out] in the format."""
+    weight_scale: np.ndarray
+    """fp32 [out]; as all scales, a number that bf16 holds."""
+    input_scale: np.float32
+    inverse_factors: np.ndarray | None
+    """1 / f, fp32 [in], powers of two; None where there is no place for them."""
+
+    def dequantised(self) -> np.ndarray:
+        """The weight as the product sees it, f inside, fp32 [in, out]."""
+        weight: np.ndarray = self.weight.astype(np.float32) * self.weight_scale
+        return weight
+
+
+def row_of(*layers: str) -> Row | None:
+    """The row of the table for layers by their full names, in one product; None for what is not quantised."""
+    parts = tuple(re.sub(r"^blocks\.\d+\.", "", layer) for layer in layers)
+    return next((row for row in TABLE if row.layers == parts), None)
+
+
+def rows(config: ModelConfig) -> Iterator[tuple[Row, tuple[str, ...]]]:
+    """Every quantised product of a model: its row, and its layers by their full names."""
+    for block in range(config.depth):
+        for row in TABLE:
+            yield row, tuple(f"blocks.{block}.{layer}" for layer in row.layers)
+
+
+def is_quantised(name: str) -> bool:
+    """Is this tensor of the model held in 8 bits?"""
+    layer, _, kind = re.sub(r"^blocks\.\d+\.", "", name).rpartition(".")
+    return kind == "weight" and any(layer in row.layers for row in TABLE)
+
+
+def quantise(weight: np.ndarray, largest: np.ndarray, precision: str, *, balanced: bool) -> Product:
+    """The product with fp32 weight [in, out], whose inputs reach `largest` [in]."""
+    known = FORMATS[precision]
+    inverse = None
+    if balanced:
+        inverse = inverse_factors(weight, largest)
+        weight, largest = weight / inverse[:, None], largest * inverse
+    scale = _scale(np.abs(weight).max(axis=0), known)
+    return Product(
+        weight=_narrowed(weight / scale, known),
+        weight_scale=scale,
+        input_scale=np.float32(_scale(largest.max(), known)),
+        inverse_factors=inverse,
+    )
+
+
+def inverse_factors(weight: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """1 / f with f = sqrt(max |x| / max |W|) for each input, to the next power of two and with 1 in the middle: half of
+    the difference goes to the weights. 1 for inputs that are never used."""
+    heaviest = np.abs(weight).max(axis=1)
+    used = (heaviest > 0) & (largest > 0)
+    exponent = np.zeros(len(largest))
+    exponent[used] = np.log2(heaviest[used] / largest[used]) / 2
+    exponent[used] -= np.median(exponent[used]) if used.any() else 0
+    return np.exp2(np.rint(exponent)).astype(np.float32)
+
+
+def _scale(largest: np.ndarray, known: Format) -> np.ndarray:
+    """One that bf16 holds, and 1 for what is all zeros."""
+    scale = np.where(largest == 0, 1, largest / known.largest)
+    rounded: np.ndarray = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return rounded
+
+
+def _narrowed(array: np.ndarray, known: Format) -> np.ndarray:
+    limited = np.clip(array, -known.largest, known.largest)
+    narrow: np.ndarray = (np.rint(limited) if known.dtype == np.int8 else limited).astype(known.dtype)
+    return narrow

@@ -1,0 +1,221 @@
+"""Products in 8 bits: scales, balancing, calibration, and graphs that say what `cfrt.nn` says on the same weights."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from bundle_fixture import source_of
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto, numpy_helper
+from student_fixture import BLUE, RED, random_weights, save_student, small_config
+
+import cfrt
+from cfrt.bundle import Bundle, Segment
+from cfrt.errors import ExportError
+from cfrt.text import TableText
+from cfrt.weights import save_model
+from export import transformer, verify
+from export.build import PIXELS, build
+from export.builder import Builder
+from export.calibrate import Calibration
+from export.engine_checks import check, quantised_products
+from export.engine_report import read
+from export.onnx import main
+from export.quantize import FORMATS, inverse_factors, quantise, rows
+from export.segments import layout
+from export.sources import Source
+
+pytestmark = pytest.mark.cpu
+
+PRECISIONS = sorted(FORMATS)
+Chain = tuple[tuple[Segment, ...], Mapping[str, ModelProto]]
+CONFIG = small_config(window=2, sinks=1, trained_frames=3)
+
+
+def calibrated(source: Source) -> Source:
+    text = TableText(source.config.text, np.asarray(source.table))
+    texts = tuple(text.encode(prompt).rows for prompt in (RED, BLUE))
+    return replace(source, ranges=Calibration(origin="a test", texts=texts, config=source.config).observe(source))
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return calibrated(source_of(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def chain(source: Source) -> Chain:
+    """In fp8. Segments are the same in int8, and so are the decoder and the encoder."""
+    segments = layout(CONFIG, "fp8", "tiny")
+    return segments, {segment.name: build(segment, source, "fp8") for segment in segments}
+
+
+def mid(source: Source, precision: str) -> ModelProto:
+    segment = next(segment for segment in layout(source.config, precision, "tiny") if segment.name == "mid_0")
+    return transformer.build(segment, source.config, source.dit, precision, source.ranges)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@given(seed=st.integers(0, 99), spread=st.floats(0, 6), balanced=st.booleans())
+def test_a_weight_is_within_half_a_step(precision: str, seed: int, spread: float, balanced: bool) -> None:
+    """Of its output's scale in int8, of its own last bit in fp8; whatever the balancing, which rounds nothing."""
+    random = np.random.default_rng(seed)
+    weight = (random.normal(size=(24, 8)) * np.exp(spread * random.normal(size=(24, 1)))).astype(np.float32)
+    largest = np.exp(spread * random.normal(size=24)).astype(np.float32)
+    product = quantise(weight, largest, precision, balanced=balanced)
+    even = weight if product.inverse_factors is None else weight / product.inverse_factors[:, None]
+    error = np.abs(product.dequantised() - even)
+    if precision == "int8":
+        assert (error <= 0.51 * product.weight_scale).all()
+    else:
+        assert (error <= np.maximum(np.abs(even) / 16, product.weight_scale / 1024) * 1.01).all()
+    for scale in (product.weight_scale, product.input_scale):
+        np.testing.assert_array_equal(scale, np.asarray(scale).astype(ml_dtypes.bfloat16).astype(np.float32))
+    reach = largest if product.inverse_factors is None else largest * product.inverse_factors
+    assert reach.max() <= product.input_scale * FORMATS[precision].largest * 1.004
+
+
+def test_factors_are_powers_of_two_that_halve_the_difference() -> None:
+    largest = np.array([64, 1, 1, 1, 1, 0], np.float32)
+    weight = np.ones((6, 3), np.float32)
+    np.testing.assert_array_equal(inverse_factors(weight, largest), [1 / 8, 1, 1, 1, 1, 1])
+    product = quantise(weight, largest, "int8", balanced=True)
+    assert product.input_scale == np.float32(8 / 127).astype(ml_dtypes.bfloat16)
+
+
+def test_balancing_helps_where_channels_differ() -> None:
+    """A product with a loud input, as transformers have them."""
+    random = np.random.default_rng(0)
+    x, weight = random.normal(size=(200, 64)), random.normal(size=(64, 32)).astype(np.float32)
+    x[:, :2] *= 100
+    weight[:2] /= 30
+    errors = []
+    for balanced in (False, True):
+        product = quantise(weight, np.abs(x).max(axis=0).astype(np.float32), "int8", balanced=balanced)
+        even = 1 if product.inverse_factors is None else product.inverse_factors
+        narrow = np.rint(x * even / product.input_scale).clip(-128, 127) * product.input_scale
+        errors.append(np.linalg.norm(narrow @ product.dequantised() - x @ weight))
+    assert errors[1] < errors[0] / 3
+
+
+# ---------------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_graph_of_8_bits_says_what_pytorch_says(source: Source, chain: Chain, precision: str) -> None:
+    """The whole chain through the ring's wrap, against `cfrt.nn` on the same 8-bit weights; and what rounding costs."""
+    segments, graphs = chain
+    if precision != "fp8":
+        own = {s.name: build(s, source, precision) for s in segments if s.name not in PIXELS}
+        graphs = {**graphs, **own}
+    errors = verify.compare(source, segments, graphs, precision, 6)
+    assert errors["velocity"] < 1e-5
+    assert errors["ring"] < 1e-5
+    assert errors["text"] < 1e-5
+    assert 1e-3 < errors["rounding"] < verify.ROUNDING[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_products_of_the_table_and_no_others(source: Source, precision: str) -> None:
+    """By their names, in 8 bits both, the weights held in 8 bits."""
+    model = mid(source, precision)
+    names = {node.name for node in quantised_products(model)}
+    first, second = ({"+".join(layers) for _, layers in rows(CONFIG) if f"blocks.{i}." in layers[0]} for i in (0, 1))
+    own = {name for name in first if "self_attn.q" not in name} | {name for name in second if "self_attn.q" in name}
+    assert names == own
+    held = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in model.graph.initializer}
+    assert {held[f"{name}.weight"] for name in names} == {FORMATS[precision].dtype}
+
+
+@pytest.mark.parametrize("harm", ["ffn.2.weight_scale", "ffn.0.inverse_factors", "self_attn.o.weight"])
+def test_verification_sees_a_wrong_number(source: Source, chain: Chain, harm: str) -> None:
+    """One scale, one factor, or the weights of one input, in a graph that is otherwise right."""
+    segments, graphs = chain
+    model = ModelProto()
+    model.CopyFrom(graphs["mid_0"])
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(harm))
+    array = numpy_helper.to_array(tensor).copy()
+    array[0] = (array[0].astype(np.float32) / 2).astype(array.dtype)
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    errors = verify.compare(source, segments, {**graphs, "mid_0": model}, "fp8", 3)
+    assert errors["velocity"] > 10 * verify.EXACT
+
+
+def test_a_weight_that_is_no_number_is_refused(source: Source) -> None:
+    harmed = {**source.dit, "blocks.0.ffn.0.weight": np.full_like(source.dit["blocks.0.ffn.0.weight"], np.nan)}
+    with pytest.raises(ExportError, match=r"ffn\.0\.weight holds values that are not finite"):
+        mid(replace(source, dit=harmed), "int8")
+
+
+# ---------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_engine_multiplies_8_bits(precision: str, tmp_path: Path) -> None:
+    """A real build: every product of the table multiplies 8-bit numbers, GELU and attention stay in fused kernels."""
+    config = small_config(width=128, heads=2, ffn=256, latent_grid=(4, 4))
+    model = mid(calibrated(source_of(config)), precision)
+    onnx.save(model, tmp_path / "mid_0.onnx")
+    with Builder() as builder:
+        builder.build(tmp_path / "mid_0.onnx", tmp_path / "mid_0.engine")
+        version = builder.version
+    report = read(tmp_path / "mid_0.engine")
+    assert report is not None
+    segment = next(segment for segment in layout(config, precision, "tiny") if segment.name == "mid_0")
+    check(segment, model, report, ("sm89",), version)
+    assert report.gemm_types() == {precision: 6}
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_a_bundle_says_where_its_scales_come_from(tmp_path: Path) -> None:
+    """And streams; the same export again is of the same bytes."""
+    (tmp_path / "prompts.txt").write_text(f"{RED}\n\n{BLUE}\n")
+    model = save_student(tmp_path / "model", CONFIG)
+    arguments = ["--model", str(model), "--precision", "int8", "--calibration", str(tmp_path / "prompts.txt")]
+    assert main([*arguments, "--out", str(tmp_path / "b")]) == 0
+    bundle = Bundle.open(tmp_path / "b")
+    bundle.check()
+    note = bundle.manifest.notes["quantization"]
+    assert note["calibration"]["prompts"] == "prompts.txt"
+    assert note["calibration"]["streams"] == 2
+    assert note["products"]["self_attn.q+self_attn.k+self_attn.v"] == {"inputs balanced in": "modulation"}
+    assert bundle.manifest.verification.limits["velocity"] == verify.EXACT
+    with cfrt.Stream(RED, model=tmp_path / "b", engine="onnx", seed=1) as stream:
+        assert [frame.pixels.shape for frame in stream.frames(2)] == [(32, 32, 3)] * 2
+
+
+REFUSED = {
+    "a wide precision": (["--precision", "bf16"], "red circle", "--calibration is for --precision fp8 and int8"),
+    "no prompts": (["--precision", "int8"], "\n", "expected prompts in"),
+    "an unknown word": (["--precision", "int8"], "a red dragon", "does not know dragon of the calibration prompt"),
+    "random weights": (["--precision", "fp8", "--weights", "random"], "red circle", "random weights read no prompts"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_prompts_that_cannot_calibrate_say_why(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, prompts, words = REFUSED[what]
+    (tmp_path / "prompts.txt").write_text(prompts)
+    model = save_student(tmp_path / "model", CONFIG)
+    common = ["--model", str(model), "--calibration", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "b")]
+    assert main([*common, *flags]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_that_reads_umt5_needs_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(CONFIG, text=replace(CONFIG.text, kind="umt5", vocab={}, ignored=()))
+    weights = {name: array for name, array in random_weights(CONFIG).items() if name != "text.table"}
+    save_model(model := tmp_path / "model", config, weights)
+    assert main(["--model", str(model), "--precision", "int8", "--out", str(tmp_path / "b")]) == 1
+    assert "one a line, with --calibration FILE" in capsys.readouterr().err

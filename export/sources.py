@@ -217,7 +217,10 @@ def _drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor by its name alone, the same every time."""
     count, pool = int(np.prod(shape)), _pool()
     start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % len(pool)
-    numbers = np.resize(np.concatenate([pool[start:], pool[:start]]), count).reshape(shape)
+    numbers = pool[start : start + count]
+    if len(numbers) < count:  # round the pool, as often as it takes
+        numbers = np.resize(np.concatenate([pool[start:], pool[:start]]), count)
+    numbers = numbers.reshape(shape)
     if "norm" in name or name.endswith(("gamma", "std")):
         return 1 + 0.1 * numbers if name.endswith(("weight", "gamma", "std")) else 0.1 * numbers
     if name.endswith("modulation"):

@@ -289,6 +289,8 @@ class Stream:
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on as the snapshot's stream did, with its prompt and seed, at this stream's pace, paused if it is. What
         came before cannot be gone back to. SnapshotError where this stream is of another kind."""
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"expected a Snapshot, as snapshot() and Snapshot.load give, got {type(snapshot).__name__}")
         snapshot.check(self._origin)
         self._worker.load(snapshot.state)
         self._follow(snapshot.state)
@@ -349,6 +351,12 @@ class Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
 
     def __repr__(self) -> str:
         state = "" if self._stop.alive else ", closed"

@@ -599,8 +599,9 @@ def test_async_iteration(open_stream: Callable[..., cfrt.Stream]) -> None:
     assert asyncio.run(both()) == list(range(60))
 
     async def until_closed() -> int:
-        asyncio.get_running_loop().call_later(0.05, stream.close)
-        return len([frame async for frame in stream])
+        async with stream:
+            asyncio.get_running_loop().call_later(0.05, stream.close)
+            return len([frame async for frame in stream])
 
     assert asyncio.run(until_closed()) > 0
     with pytest.raises(cfrt.CfrtError, match="closed"):
@@ -616,6 +617,8 @@ def test_calls_that_make_no_sense(open_stream: Callable[..., cfrt.Stream]) -> No
     ):
         with pytest.raises(ValueError, match=words):
             call()
+    with pytest.raises(TypeError, match=r"expected a Snapshot.* got int"):
+        stream.restore(3)  # type: ignore[arg-type]
     stream.close()
     for use in (
         stream.pause,

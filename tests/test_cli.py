@@ -229,7 +229,7 @@ def test_a_damaged_model_is_one(how: str, student: Path, capsys: pytest.CaptureF
         (("--engine", "warp"), "no engine 'warp'"),
         (("--precision", "fp12"), "expected a precision among"),
         (("--device", "tpu"), "not on 'tpu'"),
-        (("--seed", "-1"), "expected a seed"),
+        (("--seed", "-1"), "expected a whole-number seed"),
         (("--threads", "0"), "expected at least one thread"),
         (("-o", "none/x.mp4"), "make it first"),
         (("-o", "x.mp4", "-o", "none/x.png"), "make it first"),

@@ -9,6 +9,7 @@ given as a share of the ceiling, which says whether it can be reached at all."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +17,7 @@ from typing import Any
 
 from cpu_speed import NAMES, ROOT, STYLE, Case, Row, cases, load, pick
 
+sys.path.append(str(ROOT))
 from benchmarks.workload import SIZES
 
 PAGE = ROOT / "docs" / "cpu-performance.md"

@@ -160,8 +160,8 @@ class UMT5Text:
     """Wan2.1's text encoder: umT5's rows, zeros after the last. The network looks at the zeros too, as Wan has it.
 
     folders: where its files may be, in the layout of either release; the first folder that has any is taken.
-    device: "cpu" or "cuda". precision: "bf16" (as released, 11.4 GB), "int8" (weights only: 5.7 GB, a little slower
-        and not as exact) or "fp32". It stays in memory once it was needed.
+    device: "cpu" or "cuda". precision: "bf16" (as released, 11.4 GB), "int8" (weights only: 5.7 GB, slower and not
+        as exact) or "fp32". It stays in memory once it was needed.
     kept: folder of the embeddings on disk, None for `cfrt.embeddings.home()`."""
 
     def __init__(

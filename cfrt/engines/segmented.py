@@ -23,6 +23,7 @@ Commits are never fused with the next pass here (`fuses = False`): a fused pass 
 graph would have to exist a second time at twice the tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -162,7 +163,7 @@ class SegmentedSnapshot:
     decoded: int
 
 
-class SegmentedEngine:
+class SegmentedEngine(ABC):
     """One stream from a bundle. An engine says its name, what it supports, and makes its `Device`."""
 
     name: ClassVar[str]
@@ -170,9 +171,9 @@ class SegmentedEngine:
     features: ClassVar[frozenset[str]] = frozenset()
     precision: str
 
+    @abstractmethod
     def _device(self, spec: Spec, bundle: Bundle) -> Device:
         """Loads the segments and allocates everything; sets `precision`. BundleError when a file is damaged."""
-        raise NotImplementedError
 
     @classmethod
     def refusal(cls, spec: Spec) -> str | None:

@@ -23,7 +23,20 @@ from cfrt.config import ModelConfig
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import load_model, part, save_model
-from training import autoencoder, bidirectional, cd, data, decoder, dmd, loop, preview, rollout, teacher, worlds
+from training import (
+    autoencoder,
+    bidirectional,
+    cd,
+    data,
+    decoder,
+    dmd,
+    loop,
+    parallel,
+    preview,
+    rollout,
+    teacher,
+    worlds,
+)
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
@@ -134,8 +147,9 @@ def _clips(recipe: Recipe, out: Path, *, long: bool = False) -> data.DataSet:
     if recipe.shards is not None:
         return _own(recipe, out, recipe.shards)
     folder, config = (out / "data-long", recipe.long) if long else (out / "data", recipe.data)
-    data.write(folder, config, trained_autoencoder(recipe, out), recipe.seed)
-    return data.Clips(folder, config, recipe.seed)
+    device = parallel.device(recipe.run.device)
+    data.write(folder, config, trained_autoencoder(recipe, out).to(device), recipe.seed)
+    return data.Clips(folder, config, recipe.seed, device)
 
 
 def _own(recipe: Recipe, out: Path, folder: str) -> Shards:

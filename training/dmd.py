@@ -24,7 +24,7 @@ from cfrt.config import ModelConfig
 from cfrt.errors import ConfigError
 from training import rollout
 from training.data import Batch, Prompts
-from training.loop import Micro, Optimisers, Schedule, Stats, Update, constant, cosine
+from training.loop import Micro, Optimisers, Report, Schedule, Update, constant, cosine
 from training.network import Network, Velocity, broadcast, clone, frozen, guided, noise_like
 from training.optimisers import adam
 
@@ -116,16 +116,16 @@ class Stage:
                 self._played.clear()
             yield Update("fake", critic_lr, self.critic_loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         """Half the squared distance to x - g, whose gradient with respect to x is g."""
         batch, judged = self.roll(micro)
         x = batch.latents
         self._played[micro.index] = replace(batch, latents=x.detach())
         g = self.gradient(x.detach(), batch, micro.generator)
         loss = 0.5 * (x - (x - g).detach())[:, judged:].square().mean()
-        return loss, {"gradient": g.abs().mean().item(), "deviation": x.detach().std().item()}
+        return loss, {"gradient": g.abs().mean(), "deviation": x.std()}
 
-    def critic_loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def critic_loss(self, micro: Micro) -> tuple[Tensor, Report]:
         """Flow matching on the student's clips."""
         batch = self._played.get(micro.index)
         if batch is None:
@@ -134,7 +134,7 @@ class Stage:
         x = batch.latents
         x_tau, tau, eps = self.noised(x, micro.generator)
         loss = (self._v(self.fake)(x_tau, tau, batch) - flow.velocity(x, eps)).square().mean()
-        return loss, {"fake": loss.item()}
+        return loss, {"fake": loss}
 
     def roll(self, micro: Micro) -> tuple[Batch, int]:
         """A rollout under fresh prompts: clips as long as the scores know them, latents [B, n, C, h, w] differentiable

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_stacked_muon_is_torchs() -> None:
     torch.manual_seed(0)
     shapes = [(8, 12), (8, 12), (12, 8), (16, 16)]
     ours, theirs = ([nn.Parameter(torch.full(shape, 0.5)) for shape in shapes] for _ in range(2))
-    options = {"lr": 2e-3, "momentum": 0.95, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    options: dict[str, Any] = {"lr": 2e-3, "momentum": 0.95, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
     optimisers = StackedMuon(ours, **options), torch.optim.Muon(theirs, **options)
     for _ in range(5):
         for own, other in zip(ours, theirs, strict=True):

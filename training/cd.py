@@ -20,7 +20,7 @@ from cfrt.nn.constants import kept
 from training import rollout
 from training.data import Batch, DataSet
 from training.loop import SCHEDULES, Average, Micro, Optimisers, Report, Schedule, Update
-from training.network import EARLY, Network, broadcast, clone, frozen, guided, noise_like, resampled, unit_weights
+from training.network import Network, broadcast, by_age, clone, frozen, guided, noise_like, resampled, unit_weights
 from training.optimisers import adam
 
 
@@ -87,7 +87,7 @@ class Stage:
         level = level.repeat_interleave(unit, 1)
         s, s_next = grid[level], grid[level + 1]
         x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
-        scale = self._guidance(batch)
+        scale = by_age(batch, config.guidance, config.guidance_later, unit)
         past = resampled(self.target, batch, config.resampled, config.resampled_top, self.model.shift, generator)
         with torch.no_grad():
             v = guided(self.teacher.teacher_forced, x, s, past, scale)
@@ -115,16 +115,6 @@ class Stage:
             captions=torch.cat([data.captions, asked.captions]),
             caption=torch.cat([data.caption, asked.caption]),
         )
-
-    def _guidance(self, batch: Batch) -> float | Tensor:
-        """The teacher's guidance of each frame, [B, n, 1, 1, 1], by how long ago its caption began."""
-        config, frames = self.config, batch.caption.shape[1]
-        if config.guidance_later is None:
-            return config.guidance
-        index = torch.arange(frames, device=batch.caption.device)
-        began = (frames - batch.caption.sum(1, keepdim=True)) * batch.caption  # a second caption rules to the end
-        fresh = index - began < EARLY * self.model.unit
-        return broadcast(torch.where(fresh, config.guidance, config.guidance_later))
 
 
 @kept(4)

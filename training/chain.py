@@ -164,9 +164,11 @@ def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
     return clips
 
 
-def _prompts(recipe: Recipe, out: Path) -> dmd.Draw:
+def _prompts(recipe: Recipe, out: Path, *, long: bool = False) -> dmd.Draw:
     """What rollouts are asked to play."""
-    return partial(data.prompts, config=recipe.data) if recipe.shards is None else _clips(recipe, out).prompts
+    if recipe.shards is not None:
+        return _clips(recipe, out).prompts
+    return partial(data.prompts, config=recipe.long if long else recipe.data)
 
 
 def _averaged(stage: Stage, decay: float) -> tuple[Stage, Average]:
@@ -212,8 +214,9 @@ def _cd_long(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    student, score = trained_network(recipe, out, "cd_long"), trained_network(recipe, out, "score")
-    prompts = _prompts(recipe, out)
+    causal = recipe.dmd.scores == "causal"
+    score = trained_network(recipe, out, "teacher_long" if causal else "score")
+    student, prompts = trained_network(recipe, out, "cd_long"), _prompts(recipe, out, long=causal)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
 

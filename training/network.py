@@ -17,7 +17,7 @@ from cfrt.nn.constants import kept
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.text import TextTable
 from training import captions
-from training.data import Batch
+from training.data import Batch, Prompts
 
 EARLY = 4
 """Units at the start of a clip that weigh more: in them a caption decides where the object heads."""
@@ -83,6 +83,17 @@ def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float 
         return velocity(x, s, batch)
     v_cond, v_null = velocity(torch.cat([x, x]), torch.cat([s, s]), batch.and_null()).chunk(2)
     return flow.guide(v_cond, v_null, scale)
+
+
+def by_age(batch: Prompts, fresh: float, later: float | None, unit: int) -> float | Tensor:
+    """Guidance of each frame, [B, n, 1, 1, 1]: `fresh` in the first units after its caption began, where the caption
+    decides what is to be seen, and `later` in the others; one number where `later` is None."""
+    if later is None:
+        return fresh
+    frames = batch.caption.shape[1]
+    index = torch.arange(frames, device=batch.caption.device)
+    began = (frames - batch.caption.sum(1, keepdim=True)) * batch.caption  # a second caption rules to the end
+    return broadcast(torch.where(index - began < EARLY * unit, fresh, later))
 
 
 @torch.no_grad()

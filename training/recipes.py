@@ -77,9 +77,19 @@ def tiny_gpu() -> Recipe:
         teacher=teacher.Config(steps=4000, batch=512, ema=0.998),
         score=bidirectional.Config(steps=2000, batch=512, shift=5.0, first_weight=2.0, early_weight=2.0),
         cd=cd.Config(steps=1000, batch=512, guidance=3.5, lr=7e-4),
-        long=data.Config(clips=300_000, units=16),
+        long=data.Config(clips=200_000, units=16),
         teacher_long=teacher.Config(steps=12_000, batch=512, ema=0.999, resampled=0.6, starts=1024),
-        cd_long=cd.Config(steps=4000, batch=512, guidance=3.5, guidance_later=2.0, lr=7e-4, levels=48, resampled=0.6),
+        cd_long=cd.Config(steps=4000, batch=512, guidance=3.5, guidance_later=1.5, lr=7e-4, levels=48, resampled=0.6),
+        dmd=dmd.Config(
+            steps=200,
+            batch=512,
+            scores="causal",
+            guidance=2.0,
+            guidance_later=1.0,
+            tau=(0.02, 0.98),
+            lr=2e-4,
+            critic_lr=4e-4,
+        ),
         run=loop.Config(precision="bf16", save_seconds=300.0),
     )
 

@@ -1,4 +1,4 @@
-"""The gates that want a GPU, without one: attention over the executor, the stream's ratio, a unit taken apart on a CPU."""
+"""The gates that want a GPU, without one: attention over the executor, a unit taken apart on the CPU."""
 
 import json
 from dataclasses import replace

@@ -58,8 +58,8 @@ def attention(kernels: Run) -> str:
     card = predict.CARDS[PREDICTED]
     expected = card.attention * card.tensor["bf16"]
     lines = [
-        "| queries x keys, 12 heads of 128 | ours, bf16 (ms) | TFLOP/s | of peak | ours, 8 bits (ms) | PyTorch SDPA (ms) "
-        "| TFLOP/s | SDPA over ours |",
+        "| queries x keys, 12 heads of 128 | ours, bf16 (ms) | TFLOP/s | of peak | ours, 8 bits (ms) | PyTorch SDPA "
+        "(ms) | TFLOP/s | SDPA over ours |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for shape, row in ours.items():
@@ -75,31 +75,24 @@ def attention(kernels: Run) -> str:
             f"{peer['milliseconds'] / row['milliseconds']:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    low, high = (pick(row["tflops"] for row in ours.values()) for pick in (min, max))
     note = (
-        f"Attention over a ring, medians, keys from memory (`python -m benchmarks.gpu`). Our kernels are for Ada and use "
-        f"`mma.sync`, which on Hopper does about half of what `wgmma` does, so half of the peak is what they could reach: "
-        f"{low:.0f} to {high:.0f} TFLOP/s are {2 * 100 * low / (high_peak(ours)):.0f} to "
-        f"{2 * 100 * high / (high_peak(ours)):.0f} % of that. `cfrt/predict.py` takes {expected:.0f} TFLOP/s for "
-        f"attention on an H100, as published for kernels of Hopper's own (FlashAttention-3); PyTorch's here is below it "
-        f"too. 8 bits are no gain on this chip. Nothing here says what an RTX 4090 does: its interval stays predicted."
+        f"Attention over a ring, medians, keys from memory (`python -m benchmarks.gpu`). Our kernels are for Ada and "
+        f"use `mma.sync`, which on Hopper does only about half of what `wgmma` does, and the peak is `wgmma`'s. "
+        f"`cfrt/predict.py` takes {expected:.0f} TFLOP/s for attention on an H100, as published for kernels of "
+        f"Hopper's own (FlashAttention-3): PyTorch's stays below it here, and ours reaches about half of it. 8 bits "
+        f"are no gain on this chip. None of it says what an RTX 4090 does: its interval stays predicted."
     )
     return "\n".join((*lines, "", note))
-
-
-def high_peak(rows: Mapping[Any, Run]) -> float:
-    """TFLOP/s of the bf16 peak at the clock of the run."""
-    row = next(iter(rows.values()))
-    return float(row["tflops"] / row["share_of_peak"])
 
 
 def streams(stream: Run) -> str:
     lines = [
         "| 480 x 832, 2 steps, TAEHV, bf16 | fps | unit p50 / p95 (ms) | latency p50 / p95 (ms) | decode p50 (ms) | "
-        "change to pixel p50 (ms) | first frame (s) | allocated (GB) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "change to pixel p50 (ms) | first frame (s) | most allocated (GB) | predicted (GB) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in stream["rows"]:
+        config = replace(PRESETS[row["model"]], window=row["window"])
         both = lambda name, row=row: f"{1e3 * row[name]['p50']:.0f} / {1e3 * row[name]['p95']:.0f}"  # noqa: E731
         cells = (
             f"W = {row['window']}",
@@ -110,6 +103,7 @@ def streams(stream: Run) -> str:
             f"{1e3 * row['change_to_pixel']['p50']:.0f}",
             f"{row['time_to_first_frame']:.1f}",
             f"{row['allocated_peak'] / 1e9:.1f}",
+            f"{predict.memory_of(config, row['precision'], row['decoder']) / 1e9:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     row = stream["rows"][0]
@@ -132,15 +126,15 @@ def taken_apart(unit: Run, stream: Run) -> str:
     passes = len(config.unit_steps(1)) + 1
     low, high = (sum(getattr(term, end) for term in terms.values()) for end in ("fast", "slow"))
     return (
-        f"**Where a unit's time goes** (W = {unit['window']}; `python -m benchmarks.gpu_unit`): the torch engine waits "
-        f"for the host. A pass returns after {1e3 * stages['pass']['host']:.1f} ms and is done after "
-        f"{1e3 * stages['pass']['done']:.1f}: by then the GPU has long been idle again and again. Under the profiler "
+        f"**Where a unit's time goes** (W = {unit['window']}; `python -m benchmarks.gpu_unit`): the torch engine is "
+        f"bound by the host. A pass returns after {1e3 * stages['pass']['host']:.1f} ms and is done after "
+        f"{1e3 * stages['pass']['done']:.1f}: the GPU keeps up with whatever it is asked. Under the profiler "
         f"{seen['units']} units cost the host {ms(seen['host'])} and the GPU {ms(seen['gpu'])}, "
-        f"{ms(seen['gpu'] / seen['units'])} each, where the stream takes {ms(measured)} a unit. Of the GPU's time "
-        f"{100 * of_gpu('cfrt::attention'):.0f} % is our attention, {100 * of_gpu('nvjet'):.0f} % dense products. So "
-        f"nearly half of a unit would go if its passes were CUDA graphs, and the decoder ({ms(stages['decode']['done'])}) "
-        f"is not what matters. The account of `cfrt bench --predict`, which is for a captured and fused engine, gives an "
-        f"H100 {1e3 * passes * low:.0f} to {1e3 * passes * high:.0f} ms for the {passes} passes in bf16 (predicted)."
+        f"{ms(seen['gpu'] / seen['units'])} each, where the stream takes {ms(measured)} a unit; of the GPU's time "
+        f"{100 * of_gpu('cfrt::attention'):.0f} % is our attention and {100 * of_gpu('nvjet'):.0f} % dense products. "
+        f"Decoding takes {ms(stages['decode']['done'])}. With passes in CUDA graphs up to half of a unit would go "
+        f"(predicted); the account of `cfrt bench --predict`, which is for such an engine, gives an H100 "
+        f"{1e3 * passes * low:.0f} to {1e3 * passes * high:.0f} ms for the {passes} passes in bf16."
     )
 
 

@@ -38,8 +38,8 @@ class Config:
     fade_in: float = 0.3
     """Share of the steps over which the derivative of v comes in."""
     bound: float | None = None
-    """Largest root mean square of a unit's s (dv/dx . v_T + dv/ds). Where the jump does not change it is v_T - v, of the
-    order of 1; beyond that it is the time embedding's, which turns by a radian in 0.001 of s, and feeds itself."""
+    """Largest root mean square of a unit's s (dv/dx . v_T + dv/ds). Where the jump does not change it is v_T - v, of
+    the order of 1; beyond that it is the time embedding's, which turns by a radian in 0.001 of s, and feeds itself."""
     normalised: bool = True
     """Whether g is; bounded, it need not be."""
     ema: float = 0.98

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from cfrt.config import ModelConfig
 from cfrt.bench import processor
+from cfrt.config import ModelConfig
 from training import ccm, cd, chain, data, dmd, evaluate, loop, ode, recipes, sources, teacher, worlds
 from training.data import Batch
 from training.loop import Average, step_generator
@@ -261,9 +262,7 @@ class Laboratory:
 
         `flow_map` = Var(jump) / Var(end) on the first unit: 1 where the teacher's map is a function of what the student
         sees, less where it learnt a mean. `flow_lost` = E|jump - end|^2 / Var(end) for each unit."""
-        init: Init = "sf-ode" if cell.init == "sf-ode" else "causal-ode"
-        config, make = self._ode(init, cell.unit)
-        pairs = make(self._unseen(cell.unit), step_generator(99, cell.unit))
+        config, pairs = self._unseen_pairs("sf-ode" if cell.init == "sf-ode" else "causal-ode", cell.unit)
         stage = ode.Stage(config, self.model(cell.unit, 4), pairs, network)
         jump = stage.jump(pairs.states[:, 0], torch.ones(pairs.caption.shape), Batch.of(pairs.clean, pairs))
         spread, end, lost = _variance(jump, cell.unit), _variance(pairs.end, cell.unit), (jump - pairs.end).square()
@@ -273,8 +272,16 @@ class Laboratory:
             "flow_lost": [round(value, 4) for value in missing.tolist()],
         }
 
+    def _unseen_pairs(self, init: Init, unit: int) -> tuple[ode.Config, ode.Pairs]:
+        """Trajectories on clips that no training saw."""
+        config, make = self._ode(init, unit)
+        path = self.folder / f"unseen-{init}-f{unit}.safetensors"
+        with alone(path):
+            if not path.exists():
+                loop.write_tensors(path, make(self._unseen(unit), step_generator(99, unit)).tensors())
+        return config, ode.Pairs(**load_file(path))
+
     def _unseen(self, unit: int) -> Batch:
-        """Clips of the world that no training saw."""
         script, generator = self.script(unit), step_generator(98, unit)
         plan = data.script(self.config.flow_clips, script, generator)
         video = worlds.render(data.play(plan, script.units, generator))

@@ -164,8 +164,12 @@ def _measurer(arguments: Arguments) -> Callable[[Shard | Cell], Row | str | None
     def measure(job: Shard | Cell) -> Row | str | None:
         name, began = job.name if isinstance(job, Cell) else "clips {} {}".format(*job), time.monotonic()
         print(f"{name}: begun", file=sys.stderr, flush=True)
+        row: Row | None = None
         try:
-            row = here.row(job) if isinstance(job, Cell) else here.shard(*job)
+            if isinstance(job, Cell):
+                row = here.row(job)
+            else:
+                here.shard(*job)
         except Exception as error:
             traceback.print_exc()
             return f"{name}: {error}"

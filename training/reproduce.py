@@ -134,9 +134,10 @@ def _rows(arguments: Arguments, results: Path) -> None:
             print(claims.line(row), flush=True)
     if failed:
         raise CfrtError(f"{failed} cells failed, as told above; the others are kept")
-    first = [cell for cell in todo if cell.seed == arguments.seeds[0]]
-    first.sort(key=lambda cell: cell.dmd)
-    side_by_side(arguments.out, first, results / "reproduce.png")
+    if not arguments.missing:
+        first = [cell for cell in todo if (cell.seed, cell.unit) == (arguments.seeds[0], arguments.units[0])]
+        first.sort(key=lambda cell: cell.dmd)
+        side_by_side(arguments.out, first, results / "reproduce.png")
 
 
 Shard = tuple[int, int]

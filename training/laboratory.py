@@ -75,6 +75,11 @@ class Config:
     flow_clips: int = 128
     """Held-out trajectories on which the flow map is measured."""
 
+    @property
+    def shards(self) -> int:
+        """Files of clips."""
+        return -(-self.clips // data.SHARD)
+
 
 SMOKE = Config(
     clips=32,
@@ -117,13 +122,9 @@ class Laboratory:
         return replace(self.recipe.data, clips=self.config.clips, units=units, unit=unit)
 
     def clips(self, unit: int) -> data.Clips:
-        for number in range(self.shards):
+        for number in range(self.config.shards):
             self.shard(unit, number)
         return data.Clips(self._data(unit), self.script(unit), self.recipe.seed)
-
-    @property
-    def shards(self) -> int:
-        return -(-self.config.clips // data.SHARD)
 
     def shard(self, unit: int, number: int) -> None:
         """Make one shard of the clips, if it is not there."""

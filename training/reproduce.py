@@ -105,7 +105,11 @@ def side_by_side(folder: Path, cells: Sequence[Cell], path: Path, clips: int = 2
 def laboratory(arguments: Arguments) -> Laboratory:
     recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
     threads = arguments.threads if arguments.processes > 1 else None
-    return Laboratory(arguments.out, SMOKE if arguments.smoke else Config(), recipe, threads)
+    return Laboratory(arguments.out, _config(arguments), recipe, threads)
+
+
+def _config(arguments: Arguments) -> Config:
+    return SMOKE if arguments.smoke else Config()
 
 
 def run(arguments: Arguments) -> None:
@@ -151,8 +155,9 @@ def jobs(arguments: Arguments) -> list[Shard | Cell]:
     ready = [c for c in todo if c.init == "ar-diffusion" or chain.finished(out / c.stage2)]
     waiting = [c for c in todo if c not in ready]
     lots = [[c for c in waiting if c.stage2 == name] for name in dict.fromkeys(c.stage2 for c in waiting)]
-    shards = range(laboratory(arguments).shards) if waiting else ()
-    clips = [(unit, number) for unit in sorted({c.unit for c in waiting}) for number in shards]
+    clips = [
+        (unit, number) for unit in sorted({c.unit for c in waiting}) for number in range(_config(arguments).shards)
+    ]
     first, rest = [c for lot in lots for c in lot[:cohort]], [c for lot in lots for c in lot[cohort:]]
     return [*clips, *first, *ready, *rest]
 

@@ -80,8 +80,7 @@ def write(results: Path, page: Path) -> None:
             parts += [flow_table(rows, 3)]
         parts += ["## The whole grid", grid(rows)]
         parts += ["## Cost", cost(rows), "## Every row", "\n".join(f"* {line(row)}" for row in rows)]
-        if (results / "reproduce.png").exists():
-            parts += ["## Side by side", sheet(rows, results / "reproduce.png", page)]
+        parts += [sheet(picture, page) for picture in sorted(results.glob("sheet-*.png"))]
     if (results / "proof.json").exists():
         from training import proof
 
@@ -272,13 +271,15 @@ def grid(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def sheet(rows: Sequence[Row], picture: Path, page: Path) -> str:
-    """The first run's contact sheet, and which line is what."""
-    order = [f"{TITLES[row['init']]}{' + DMD' if row['dmd'] else ''}" for row in sorted(rows, key=lambda r: r["dmd"])]
-    lines = ", ".join(dict.fromkeys(order))
+def sheet(picture: Path, page: Path) -> str:
+    """A contact sheet, and which line is what."""
+    cells = _load(picture.with_suffix(".json"), [])
+    lines = ", ".join(f"{TITLES[cell['init']]}{' + DMD' if cell['dmd'] else ''}" for cell in cells)
+    one = cells[0]
     return (
-        f"Two prompts; time to the right, a quarter of a second (one latent frame) between pictures. For each prompt, "
-        f"from the top: {lines}.\n\n![{lines}]({os.path.relpath(picture, page.parent)})"
+        f"## Side by side: {one['steps']} steps, F = {one['unit']}\n\nTwo prompts; time to the right, a quarter of a "
+        f"second (one latent frame) between pictures. For each prompt, from the top: {lines}.\n\n"
+        f"![{lines}]({os.path.relpath(picture, page.parent)})"
     )
 
 

@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -94,12 +94,14 @@ def keep(path: Path, row: Row) -> None:
 
 
 def side_by_side(folder: Path, cells: Sequence[Cell], path: Path, clips: int = 2) -> None:
-    """The same prompts, one line per cell, from the sheets that the evaluation drew; nothing where one is missing."""
+    """The same prompts, one line per cell, from the sheets that the evaluation drew, and beside the picture which line
+    is what; nothing where one is missing."""
     sheets = [folder / cell.name / "start.png" for cell in cells]
     if all(sheet.exists() for sheet in sheets):
         pictures = [preview.read(sheet) for sheet in sheets]
         lines = [p[clip * worlds.SIDE : (clip + 1) * worlds.SIDE] for clip in range(clips) for p in pictures]
         preview.write(torch.cat(lines), path)
+        path.with_suffix(".json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
 
 
 def laboratory(arguments: Arguments) -> Laboratory:
@@ -138,10 +140,10 @@ def _rows(arguments: Arguments, results: Path) -> None:
             print(claims.line(row), flush=True)
     if failed:
         raise CfrtError(f"{failed} cells failed, as told above; the others are kept")
-    if not arguments.missing:
-        first = [cell for cell in todo if (cell.seed, cell.unit) == (arguments.seeds[0], arguments.units[0])]
-        first.sort(key=lambda cell: cell.dmd)
-        side_by_side(arguments.out, first, results / "reproduce.png")
+    for unit in () if arguments.missing else arguments.units:
+        shown = (arguments.seeds[0], arguments.steps[0], unit)
+        first = sorted((c for c in todo if (c.seed, c.steps, c.unit) == shown), key=lambda cell: cell.dmd)
+        side_by_side(arguments.out, first, results / f"sheet-f{unit}.png")
 
 
 Shard = tuple[int, int]

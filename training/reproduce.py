@@ -154,7 +154,8 @@ def jobs(arguments: Arguments) -> list[Shard | Cell]:
     """In an order in which processes seldom wait without lending their core: clips, then of each student that is still
     to be trained as many cells as it has threads, then what is ready."""
     out, cohort, todo = arguments.out, arguments.threads or 1, cells(arguments)
-    ready = [c for c in todo if c.init == "ar-diffusion" or chain.finished(out / c.stage2)]
+    there = [c for c in todo if (out / "rows" / f"{c.name}.json").exists()]
+    ready = [c for c in todo if c in there or c.init == "ar-diffusion" or chain.finished(out / c.stage2)]
     waiting = [c for c in todo if c not in ready]
     lots = [[c for c in waiting if c.stage2 == name] for name in dict.fromkeys(c.stage2 for c in waiting)]
     clips = [

@@ -7,6 +7,7 @@ memory as they do between the layers of a model. A device's peak is what its ten
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,27 +96,30 @@ def rated(timing: Timing, heads: int, most: float | None) -> Timing:
     return Timing(timing.name, timing.queries, timing.keys, timing.milliseconds, tflops, share, timing.note)
 
 
+@lru_cache(1)  # for the copies, and both kinds of sums
+def ring_numbers(int8: bool, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    if int8:
+        return [rng.integers(-60, 60, shape, np.int8) for shape in shapes]  # as e4m3 they are finite too
+    return [to_bf16(rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+
 def ring_call(
     cuda: Any, memory: DeviceMemory, storage: str, accumulate: str, queries: int, keys: int, heads: int,
     frame_tokens: int, processors: int,
 ) -> Call:  # fmt: skip
     """An attention over whole frames of a ring, planned for the device."""
-    rng, int8 = np.random.default_rng(0), storage == "int8"
+    int8 = storage == "int8"
     rows = 64 if int8 else 32
     granules, frames = -(-frame_tokens // rows), keys // frame_tokens
     pieces = [(i * granules, frame_tokens) for i in range(frames)]
     splits, floats = cuda.plan(queries=queries, heads=heads, dim=DIM, pieces=pieces, processors=processors)
     size = (frames * granules, heads, rows, DIM)
 
-    def numbers(*shape: int) -> np.ndarray:
-        if int8:
-            return rng.integers(-60, 60, shape, np.int8)  # as e4m3 they are finite too
-        return to_bf16(rng.standard_normal(shape, np.float32))
-
     def scales(*shape: int) -> np.ndarray:
         return np.full(shape, 1 / 60, np.float32)
 
-    q, k, v = (memory.put(numbers(*shape)) for shape in ((queries, heads, DIM), size, size))
+    q, k, v = (memory.put(x) for x in ring_numbers(int8, (queries, heads, DIM), size, size))
     out, scratch = memory.empty((queries, heads, DIM), np.uint16), memory.empty((max(floats, 1),), np.float32)
     held = [q, k, v, out, scratch]
     more = {}

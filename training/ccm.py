@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
-from training.loop import Micro, Optimisers, Stats, Update, cosine
+from training.loop import Micro, Optimisers, Report, Update, cosine
 from training.network import Network, broadcast, clone, frozen, guided, unit_weights
 from training.optimisers import adam
 
@@ -66,7 +66,7 @@ class Stage:
         self.fade = min(1.0, (index + 1) / max(1.0, config.fade_in * self.steps))
         yield Update("student", config.lr * cosine(index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
         batch = self.clips.batch(micro.index, config.batch)
         x0 = batch.latents
@@ -83,8 +83,8 @@ class Stage:
         size = _size(g, unit)
         goal = v + (g / broadcast(size + SOFT) if config.normalised else g)
         error = (self.student.teacher_forced(x, s, batch) - goal).square().mean((0, 2, 3, 4))
-        loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
-        return loss, {"loss": size.mean().item(), "slope": slope.abs().mean().item()}
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
+        return (error * weights).mean(), {"loss": size.mean(), "slope": slope.abs().mean()}
 
 
 def _size(x: Tensor, unit: int) -> Tensor:

@@ -23,7 +23,20 @@ from cfrt.config import ModelConfig
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import load_model, part, save_model
-from training import autoencoder, bidirectional, cd, data, decoder, dmd, loop, preview, rollout, teacher, worlds
+from training import (
+    autoencoder,
+    bidirectional,
+    cd,
+    data,
+    decoder,
+    dmd,
+    loop,
+    parallel,
+    preview,
+    rollout,
+    teacher,
+    worlds,
+)
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
@@ -138,8 +151,9 @@ def _clips(recipe: Recipe, out: Path, *, long: bool = False) -> data.DataSet:
     if recipe.shards is not None:
         return _own(recipe, out, recipe.shards)
     folder, config = (out / "data-long", recipe.long) if long else (out / "data", recipe.data)
-    data.write(folder, config, trained_autoencoder(recipe, out), recipe.seed)
-    return data.Clips(folder, config, recipe.seed)
+    device = parallel.device(recipe.run.device)
+    data.write(folder, config, trained_autoencoder(recipe, out).to(device), recipe.seed)
+    return data.Clips(folder, config, recipe.seed, device)
 
 
 def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
@@ -154,9 +168,11 @@ def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
     return clips
 
 
-def _prompts(recipe: Recipe, out: Path) -> dmd.Draw:
+def _prompts(recipe: Recipe, out: Path, *, long: bool = False) -> dmd.Draw:
     """What rollouts are asked to play."""
-    return partial(data.prompts, config=recipe.data) if recipe.shards is None else _clips(recipe, out).prompts
+    if recipe.shards is not None:
+        return _clips(recipe, out).prompts
+    return partial(data.prompts, config=recipe.long if long else recipe.data)
 
 
 def _averaged(stage: Stage, decay: float) -> tuple[Stage, Average]:
@@ -202,8 +218,9 @@ def _cd_long(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    student, score = trained_network(recipe, out, "cd_long"), trained_network(recipe, out, "score")
-    prompts = _prompts(recipe, out)
+    causal = recipe.dmd.scores == "causal"
+    score = trained_network(recipe, out, "teacher_long" if causal else "score")
+    student, prompts = trained_network(recipe, out, "cd_long"), _prompts(recipe, out, long=causal)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
 

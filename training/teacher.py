@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
-from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update
+from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
 from training.network import Network, Velocity, broadcast, noise_like, resampled, unit_weights
 from training.optimisers import adam, muon_and_adam
 
@@ -52,13 +52,14 @@ class Config:
 
 def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator) -> Tensor:
     """[B, T] uniform u, one for each unit of `frames` latent frames (reference schedule: independent per unit)."""
-    return torch.rand(clips, units, generator=generator).repeat_interleave(frames, 1)
+    return torch.rand(clips, units, generator=generator, device=generator.device).repeat_interleave(frames, 1)
 
 
 class Stage:
     """Teacher-forced flow matching: E |v(x_s^i, x0^{<i}, s_i) - (e - x0^i)|^2 (arXiv:2602.02214, section 3.2)."""
 
     name = "teacher"
+    capturable = True
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
@@ -72,7 +73,7 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
         batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
         x0 = batch.latents
@@ -85,9 +86,9 @@ class Stage:
         first = error[:unit].mean()
         if config.starts:
             first = torch.lerp(self._starts(micro), first, len(x0) / (len(x0) + config.starts))
-        weights = unit_weights(frames, unit, config.first_weight, config.early_weight).to(error.device)
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
         loss = (error * weights)[unit:].sum() / frames + first * weights[:unit].sum() / frames
-        return loss, {"loss": error.mean().item(), "first": first.item()}
+        return loss, {"loss": error.mean(), "first": first}
 
     def _starts(self, micro: Micro) -> Tensor:
         """Mean error on further first units, of clips that this batch does not hold. A first unit sees only itself, so

@@ -104,6 +104,8 @@ class Captured:
     def _descend(self, loss: Loss, micro: Micro) -> None:
         self.network.zero_grad(set_to_none=True)
         with self.compute():
-            found, self.report = loss(micro)
+            found, report = loss(micro)
         found.backward()
+        # without their graph, which would keep this stream's gradients tied to the next capture's
         self.loss = found.detach()
+        self.report = {name: x.detach() if isinstance(x, Tensor) else x for name, x in report.items()}

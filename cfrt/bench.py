@@ -178,10 +178,10 @@ def percentiles(timing: "Timing") -> dict[str, float] | None:
 
 def machine() -> dict[str, Any]:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"platform": platform.platform(), "processor": _processor(), "cpus": cpus, "gpu": _nvidia("gpu", "name")}
+    return {"platform": platform.platform(), "processor": processor(), "cpus": cpus, "gpu": _nvidia("gpu", "name")}
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -42,6 +42,7 @@ class Config:
     resampled: float = 0.0
     """Share of clips whose past is the target network's own guess of it (`network.resampled`)."""
     resampled_top: float = 0.75
+    resampled_jumps: int = 1
     own: float = 0.0
     """Share of clips that the target network plays itself, prompts alone given: consistency along the teacher's ODE
     needs no data, and these pasts are those of a stream."""
@@ -88,7 +89,15 @@ class Stage:
         s, s_next = grid[level], grid[level + 1]
         x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
         scale = by_age(batch, config.guidance, config.guidance_later, unit)
-        past = resampled(self.target, batch, config.resampled, config.resampled_top, self.model.shift, generator)
+        past = resampled(
+            self.target,
+            batch,
+            config.resampled,
+            config.resampled_top,
+            self.model.shift,
+            generator,
+            config.resampled_jumps,
+        )
         with torch.no_grad():
             v = guided(self.teacher.teacher_forced, x, s, past, scale)
             x_next = flow.euler(x, v, broadcast(s), broadcast(s_next))

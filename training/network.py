@@ -98,21 +98,25 @@ def by_age(batch: Prompts, fresh: float, later: float | None, unit: int) -> floa
 
 @torch.no_grad()
 def resampled(
-    network: Network, batch: Batch, share: float, top: float, shift: float, generator: torch.Generator
+    network: Network, batch: Batch, share: float, top: float, shift: float, generator: torch.Generator, jumps: int = 1
 ) -> Batch:
     """The batch as a context: in the first `share` of its clips, every frame is what the network guesses of it from a
     noisy copy and the clean past, at one level a clip of at most `top`. A stream goes on from guesses, and a network
-    that only ever saw the data's past repeats their errors (self-resampling, arXiv:2512.15702)."""
+    that only ever saw the data's past repeats their errors (self-resampling, arXiv:2512.15702).
+
+    `jumps`: how often, each time from half the noise and on the past that was guessed before."""
     count = round(share * len(batch))
     if count == 0:
         return batch
     past = batch.first(count)
-    x0 = past.latents
     u = flow.unwarp(top, shift) * torch.rand(count, 1, generator=generator, device=generator.device)
-    s = flow.warp(u, shift).to(x0.device).expand(x0.shape[:2])
-    x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
-    guess = flow.x0_from_v(x, network.teacher_forced(x, s, past), broadcast(s))
-    return replace(batch, latents=torch.cat([guess, batch.latents[count:]]))
+    for jump in range(jumps):
+        x0 = past.latents
+        s = flow.warp(u / 2**jump, shift).to(x0.device).expand(x0.shape[:2])
+        x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
+        guess = flow.x0_from_v(x, network.teacher_forced(x, s, past), broadcast(s))
+        past = replace(past, latents=guess)
+    return replace(batch, latents=torch.cat([past.latents, batch.latents[count:]]))
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:

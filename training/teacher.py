@@ -46,6 +46,8 @@ class Config:
     """Share of clips whose past is the network's own guess of it (`network.resampled`); none in the paper."""
     resampled_top: float = 0.75
     """Noisiest copy that it guesses from. Beyond, a guess may turn where the data does not."""
+    resampled_jumps: int = 1
+    """How often it guesses, each time from half the noise and on the past guessed before: nearer to a stream's past."""
     starts: int = 64
     """Further unit-0 examples in every batch. They have no past, so they cost a twentieth of a clip each."""
 
@@ -81,7 +83,15 @@ class Stage:
         s = flow.warp(unit_levels(len(x0), frames // unit, unit, generator), self.model.shift)
         velocity = {"teacher": self.student.teacher_forced, "diffusion": self.student.noisy_prefix}[config.forcing]
         batch = batch.to(self.student.device)
-        context = resampled(self.student, batch, config.resampled, config.resampled_top, self.model.shift, generator)
+        context = resampled(
+            self.student,
+            batch,
+            config.resampled,
+            config.resampled_top,
+            self.model.shift,
+            generator,
+            config.resampled_jumps,
+        )
         error = self._error(velocity, batch, s, generator, context).mean(0)  # [T]
         first = error[:unit].mean()
         if config.starts:

@@ -71,7 +71,8 @@ def run(engine: TorchEngine, folder: Path) -> dict[str, Any]:
         if number == full:
             took.clear()
         unit(number, timed)
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]) as seen:
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+    with profile(activities=activities, acc_events=True) as seen:
         for number in range(full + TIMED, full + TIMED + PROFILED):
             unit(number, lambda name, call: call())
         _wait()

@@ -11,7 +11,7 @@ from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 
 import _cfrt
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 THETA, EPS = 10000.0, 1e-6
 

@@ -28,7 +28,7 @@ from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 import _cfrt
 from cfrt.blocks import Geometry
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 POISON = 1e4
 """In the padding of a frame and in slots that are not read: finite, and nobody may notice."""

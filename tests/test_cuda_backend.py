@@ -37,7 +37,7 @@ def visible(x: Tensor) -> Buffer:
 
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch, nvcc: str) -> list[Tensor]:
+def simulated(monkeypatch: pytest.MonkeyPatch, executor: None) -> list[Tensor]:
     """`_cfrt.cuda` runs in ptxsim, where a kernel may touch the tensors of this list and what it is given to write."""
     tensors: list[Tensor] = []
 

@@ -15,7 +15,7 @@ from benchmarks.gpu_checks import check_stream
 from benchmarks.ring_stream import RingStream
 from cfrt import noise
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 STREAMS = {
     "bf16, F = 1": RingStream(),

@@ -5,7 +5,7 @@ import pytest
 from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 from simulated_cuda import simulated
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 A, B = 0.3, -1.7
 

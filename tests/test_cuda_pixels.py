@@ -9,7 +9,7 @@ from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 
 import _cfrt
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 GAIN, OFFSET = 0.5, 0.5
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ptxsim import EVERY_SCHEDULE, Memory, Options, Report
 from ptxsim.memory import Buffer
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 LEAST = 1e-12
 

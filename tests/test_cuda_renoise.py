@@ -11,7 +11,7 @@ from ptxsim.edits import Edit, edited
 
 import _cfrt
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 KEY = (2**63 + 5, 7, 2, 0)  # seed, unit, step, purpose
 S = 0.8125

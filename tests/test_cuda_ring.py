@@ -29,7 +29,7 @@ from cfrt.config import PRESETS, ModelConfig
 from cfrt.errors import EngineError
 from cfrt.nn.ring import RingCache
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 TINY = PRESETS["tiny"]
 

@@ -28,7 +28,7 @@ class Counted:
         return float(self.count)
 
 
-@pytest.mark.usefixtures("nvcc")
+@pytest.mark.usefixtures("executor")
 def test_every_kernel_is_checked_and_right() -> None:
     memory = SimulatedMemory()
     with simulated(memory.memory) as cuda:
@@ -40,7 +40,7 @@ def test_every_kernel_is_checked_and_right() -> None:
         assert kernel in launched
 
 
-@pytest.mark.usefixtures("nvcc")
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("kernel", ["attention", "append", "renoise", "combine", "pixels", "quantise_rows"])
 def test_a_kernel_that_does_nothing_is_found(kernel: str) -> None:
     """By a check, or by the executor, where the next kernel reads what was never written."""
@@ -57,7 +57,7 @@ def test_a_kernel_that_does_nothing_is_found(kernel: str) -> None:
     assert not all(check.passed for check in checks)
 
 
-@pytest.mark.usefixtures("nvcc")
+@pytest.mark.usefixtures("executor")
 def test_timings_are_medians_over_rotated_inputs() -> None:
     memory, clock, addresses = SimulatedMemory(), Counted(), []
     with simulated(memory.memory) as cuda:
@@ -112,7 +112,7 @@ def test_without_a_gpu_it_says_why() -> None:
         gpu.main([])
 
 
-@pytest.mark.usefixtures("nvcc")
+@pytest.mark.usefixtures("executor")
 def test_the_memory_of_the_test_is_watched() -> None:
     """A call past an array's end fails: the executor's checks are on in all of the above."""
     memory = Memory()

@@ -34,14 +34,14 @@ def peer(queries: int, keys: int) -> list[Any]:
     return [lambda: None]
 
 
-@pytest.mark.usefixtures("nvcc")
+@pytest.mark.usefixtures("executor")
 def test_the_ratio_is_the_peers_time_over_ours() -> None:
     memory = SimulatedMemory()
     with simulated(memory.memory) as cuda:
         assert gpu_gate.ratios(cuda, memory, Turns(), peer, SHAPES, **RING) == {"near": 1.5, "far": 1.5}
 
 
-@pytest.mark.usefixtures("nvcc")
+@pytest.mark.usefixtures("executor")
 def test_a_wrong_answer_gives_no_ratio() -> None:
     """One key in eighty left out, in the shape that has eighty."""
     memory = SimulatedMemory()

@@ -12,7 +12,7 @@ from ptxsim import EVERY_SCHEDULE, Built, Device, Memory, Options, PtxError, Rep
 from ptxsim.edits import Edit, edited
 from ptxsim.mutants.framework import Subject, bug, judge
 
-pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("nvcc")]
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 SOURCE = r"""
 #include <cuda_runtime.h>

@@ -92,6 +92,27 @@ def test_a_cpu_test_sees_no_gpu(suite: Suite) -> None:
     assert "2 passed" in output
 
 
+ON_THE_EXECUTOR = """
+import torch
+torch.cuda.is_available = lambda: True
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("executor")
+def test_launch(): raise RuntimeError
+
+@pytest.mark.cpu
+def test_another(): pass
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"CI": "true"}], ids=["home", "ci"])
+def test_ptxsim_runs_no_host_code_where_a_gpu_is(suite: Suite, environment: dict) -> None:
+    code, output = suite(ON_THE_EXECUTOR, **environment)
+    assert code == 0, output
+    assert "1 passed, 1 skipped" in output
+    assert "dies beside a GPU's own CUDA" in output
+
+
 def test_a_warning_is_an_error(suite: Suite) -> None:
     code, _ = suite("import warnings\n@pytest.mark.cpu\ndef test_loud(): warnings.warn('look')")
     assert code == 1

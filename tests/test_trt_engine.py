@@ -25,7 +25,7 @@ from cfrt.flow import TIME_SCALE, euler, renoise, sigmas, v_from_x0
 from cfrt.noise import Purpose, normal
 from cfrt.serve.command import Serve
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("executor")]
 
 Patch = pytest.MonkeyPatch
 

@@ -1,4 +1,4 @@
-"""A training step of the recipe tiny-gpu on a GPU: launched kernel by kernel, and as one CUDA graph (training/capture.py).
+"""A training step of the recipe tiny-gpu on a GPU: kernel by kernel, and as one CUDA graph (training/capture.py).
 
     python -m benchmarks.capture --json benchmarks/results/capture.json
 

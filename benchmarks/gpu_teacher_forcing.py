@@ -27,7 +27,7 @@ from .gpu import ask_card
 MODEL = PRESETS["wan-1.3b-framewise-ar"]
 ROUNDS = 5
 BACKWARD = 2.5
-"""Products of the backward pass over those of the forward one: scores again, and the gradients of q, k, v and scores."""
+"""Products of the backward pass over those of the forward one: scores again, gradients of q, k, v and the scores."""
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_teacher_forcing: expected a GPU, PyTorch sees none; benchmarks/bench_training.py runs here")
+        raise SystemExit("gpu_teacher_forcing: expected a GPU, PyTorch sees none; bench_training.py needs none")
     about = {**machine.header(), "card": ask_card(), "model": MODEL.name, "frames": MODEL.trained_frames}
     found = about | {"rows": run(MODEL, MODEL.trained_frames)}
     if options.json:

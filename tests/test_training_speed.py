@@ -34,7 +34,7 @@ def test_three_ways_are_one_attention() -> None:
 
 
 def test_only_the_pairs_seen_are_counted() -> None:
-    """65,520 tokens, 12 heads of 128, of which a query sees 26 %: 6.9 TFLOP forward, 3.5 times as much with backward."""
+    """65,520 tokens, 12 heads of 128, of which a query sees 26 %: 6.9 TFLOP forward, 3.5 times that with backward."""
     model, frames = gpu_teacher_forcing.MODEL, 21
     share = model.geometry.teacher_forcing_mask(frames).mean()
     work = 4e-12 * share * 65520**2 * 1536

@@ -21,15 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))
-
+sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.gpu_teacher_forcing import tflops
 from benchmarks.gpu_timing import peak
 from cfrt import predict
 from cfrt.config import PRESETS
 from training.recipes import tiny_gpu
 
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = RESULTS / "training.json"
 PAGE = ROOT / "docs" / "training-speed.md"
@@ -114,31 +113,31 @@ def on_gpu(attention: Mapping[str, Any], capture: Mapping[str, Any], chain: Mapp
     model, recipe = PRESETS[attention["model"]], tiny_gpu()
     frames, ways = attention["frames"], {row["name"]: row for row in attention["rows"]}
     slower, larger = (ways["ranges"][name] / ways["flex"][name] for name in ("both", "allocated_peak"))
+    seen = model.geometry.teacher_forcing_mask(frames).mean()
     making = recipe.long.clips * chain["data"]["seconds"] / chain["data"]["clips"]
     return [
         "## On a GPU",
         f"One {attention['card']['name']}, PyTorch {attention['versions']['torch']}, {attention['date']}.",
         "### Teacher forcing at full size",
         f"Attention of one layer of Wan 1.3B over [clean | noisy] of {frames} latent frames, "
-        f"{2 * frames * model.frame_tokens:,} tokens, bf16: `python -m benchmarks.gpu_teacher_forcing`. TFLOP/s are those "
-        f"of the pairs seen, {100 * model.geometry.teacher_forcing_mask(frames).mean():.0f} % of all; *of peak*, with "
-        "backward, is against what dense bf16 products do at the card's highest clock. Training takes FlexAttention "
-        f'(`layout="auto"`): beside it, ranges take {100 * slower:.0f} % of the time and {larger:.1f} times the memory. '
-        f"{attention['note']}",
+        f"{2 * frames * model.frame_tokens:,} tokens, bf16: `python -m benchmarks.gpu_teacher_forcing`. TFLOP/s are "
+        f"those of the pairs seen, {100 * seen:.0f} % of all; *of peak*, with backward, is against what dense "
+        'bf16 products do at the card\'s highest clock. Training takes FlexAttention (`layout="auto"`): beside it, '
+        f"ranges take {100 * slower:.0f} % of the time and {larger:.1f} times the memory. {attention['note']}",
         full_size(attention, peak_of(capture["card"])),
         "### A captured step",
         "`python -m training tiny-gpu` launches a step as one CUDA graph ([training/capture.py]"
         "(../training/capture.py)): its network is so small that a step's kernels take longer to launch than to run. "
-        f"Clips of {capture['units']} latent frames of {recipe.model.frame_tokens} tokens, bf16, optimiser and average "
-        "included: `python -m benchmarks.capture`. The *graph alone* is replayed without either. DMD's rollouts are not "
-        f"captured; its step is one update of the student and five of the critic. {capture['note']}",
+        f"Clips of {capture['units']} latent frames of {recipe.model.frame_tokens} tokens, bf16 and TF32, optimiser and "
+        "average included: `python -m benchmarks.capture`. The *graph alone* is replayed without either. DMD's rollouts are "
+        f"not captured; its step is one update of the student and five of the critic. {capture['note']}",
         captured(capture["rows"]),
         "### The end of the recipe tiny-gpu",
         "Its last three stages, from the released AR teacher and the shipped student: "
         f"{sum(row['seconds'] for row in chain['stages']) / 60:.1f} minutes, and {making:.0f} s to make "
-        f"{recipe.long.clips:,} clips (at the rate measured for {chain['data']['clips']:,}). The stages before them have "
-        f"not been timed on a GPU. {chain['note']} `python -m training tiny-gpu --dry-run` prints what each stage will "
-        "do and need.",
+        f"{recipe.long.clips:,} clips (at the rate measured for {chain['data']['clips']:,}). The stages before them "
+        f"have not been timed on a GPU. {chain['note']} `python -m training tiny-gpu --dry-run` prints what each "
+        "stage will do and need.",
         whole(chain["stages"]),
     ]
 
@@ -229,7 +228,7 @@ def full_size(run: Mapping[str, Any], peak: float) -> str:
         rates = [tflops(model, run["frames"], seconds, backward=both) for seconds, both in times]
         cells = [f"{1e3 * row['forward']:.1f}", f"{1e3 * row['both']:.1f}", *(f"{rate:.0f}" for rate in rates)]
         body.append([row["name"], *cells, f"{100 * rates[1] / peak:.0f} %", f"{row['allocated_peak'] / 1e9:.1f}"])
-    head = ["", "forward, ms", "with backward, ms", "TFLOP/s, forward", "with backward", "of peak", "most allocated, GB"]
+    head = ["", "forward, ms", "with backward, ms", "TFLOP/s, forward", "with backward", "of peak", "GB at most"]
     return table(head, body)
 
 
@@ -250,7 +249,7 @@ def captured(rows: Sequence[Row]) -> str:
         alone = f"{1e3 * row['graph']:.1f}" if "graph" in row else "–"
         cells = [f"{row['batch']}", f"{1e3 * row['step']:.1f}", alone, faster, f"{row['batch'] / row['step']:,.0f}"]
         body.append([f"{row['stage']}, {way}", *cells, f"{row['allocated_peak'] / 1e9:.1f}"])
-    return table(["stage", "batch", "ms a step", "graph alone", "faster by", "clips/s", "most allocated, GB"], body)
+    return table(["stage", "batch", "ms a step", "graph alone", "faster by", "clips/s", "GB at most"], body)
 
 
 def whole(rows: Sequence[Row]) -> str:

@@ -73,6 +73,8 @@ def main(words: Sequence[str]) -> None:
         planned = plan.of_recipe(recipe, speed)
         print((plan.as_json if arguments.json else plan.page)(recipe.name, planned, speed, asdict(recipe)))
         return
+    if recipe.run.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32: the optimiser's products
     out = arguments.out or Path("runs") / recipe.name
     try:
         if arguments.data is not None:

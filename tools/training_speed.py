@@ -128,9 +128,9 @@ def on_gpu(attention: Mapping[str, Any], capture: Mapping[str, Any], chain: Mapp
         "### A captured step",
         "`python -m training tiny-gpu` launches a step as one CUDA graph ([training/capture.py]"
         "(../training/capture.py)): its network is so small that a step's kernels take longer to launch than to run. "
-        f"Clips of {capture['units']} latent frames of {recipe.model.frame_tokens} tokens, bf16 and TF32, optimiser and "
-        "average included: `python -m benchmarks.capture`. The *graph alone* is replayed without either. DMD's rollouts are "
-        f"not captured; its step is one update of the student and five of the critic. {capture['note']}",
+        f"Clips of {capture['units']} latent frames of {recipe.model.frame_tokens} tokens, bf16 and TF32, optimiser "
+        "and average included: `python -m benchmarks.capture`. The *graph alone* is replayed without either. DMD's "
+        f"rollouts are not captured; its step is one update of the student and five of the critic. {capture['note']}",
         captured(capture["rows"]),
         "### The end of the recipe tiny-gpu",
         "Its last three stages, from the released AR teacher and the shipped student: "

@@ -10,7 +10,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ CASES = (
     ("dmd", 512, False),
 )
 """Stage, clips of a step, captured. DMD's rollouts are not one graph: their kernels differ from unit to unit."""
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 def noise(folder: Path, clips: int, device: torch.device) -> data.Clips:
@@ -82,7 +81,7 @@ def measured(name: str, batch: int, captured: bool, clips: data.Clips, config: l
 
     first = take(0, 1)
     take(1, WARM - 1)
-    row = {"stage": name, "batch": batch, "captured": graph is not None, "first": first, "step": take(WARM, steps)}
+    row: Row = {"stage": name, "batch": batch, "captured": graph is not None, "first": first, "step": take(WARM, steps)}
     if graph is not None and graph.graph is not None:
         began = time.perf_counter()
         for _ in range(steps):
@@ -98,7 +97,7 @@ def wait() -> None:
 
 
 def run(config: loop.Config) -> list[Row]:
-    rows = []
+    rows = list[Row]()
     with tempfile.TemporaryDirectory() as folder:
         clips = noise(Path(folder), CLIPS, parallel.device(config.device))
         for name, batch, captured in CASES:

@@ -8,8 +8,9 @@ engine reads nothing that the manifest does not vouch for. No torch, no ONNX, no
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
@@ -210,6 +211,22 @@ class Bundle:
         foreign = sorted(present - self.manifest.files.keys() - {MANIFEST})
         if foreign:
             raise BundleError(f"{self.folder} holds {foreign[0]}, which is no file of this bundle; remove it")
+
+    def annotate(self, name: str, note: Any) -> None:
+        """Writes a note into the manifest, in place of one of that name: the old manifest or the new one is there,
+        whatever happens. BundleError when it cannot be written."""
+        manifest = replace(self.manifest, notes={**self.manifest.notes, name: note})
+        part = self.folder.with_name(f".{self.folder.name}.{MANIFEST}.part")  # beside: a bundle has no other files
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(manifest.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / MANIFEST)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise BundleError(f"{self.folder / MANIFEST} cannot be written ({error}); it is as it was") from error
+        self.manifest = manifest
 
     def _check_size(self, name: str, entry: Entry) -> None:
         path = self.folder / name

@@ -24,7 +24,8 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 DTYPES = ("fp32", "bf16", "fp16", "uint8")
 LEVELS = ("full", "segments")
 TENSORS = "tensors.safetensors"
-"""What is outside all graphs: `norm_q`, `norm_k` [layers, d] for the kernel between them, and `text.table`."""
+"""What is outside all graphs: `norm_q`, `norm_k` [layers, d] for the kernel between them, `v_scale` [layers, d] for a
+ring of 8 bits, and `text.table`."""
 OUT = "out."
 """Before the name of an output inside a graph, where no output may be called as an input is."""
 STATE = "state."

@@ -18,23 +18,27 @@ from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cfrt import flow, noise
+from cfrt import flow, memory, noise
 from cfrt.config import ModelConfig
 from cfrt.errors import ExportError
 from cfrt.nn.dit import CausalDiT, TextKV
 from cfrt.nn.ring import RingCache
+from cfrt.predict import Shape
 from cfrt.text import TABLE as TEXT_TABLE
 from cfrt.text import encoder
 
 from .draft import Draft, key, source_of, write_bytes
 from .options import Checkpoint
-from .quantize import FORMATS, KEPT, TABLE, rows
+from .quantize import FORMATS, KEPT, OUTPUT, TABLE, rows, values
 from .sources import RANDOM, Source
 
 FILE = "calibration.safetensors"
 """In the bundle: the ranges that its scales come from."""
 UNITS = 8
 """Of each stream."""
+OPERATIONS, MEMORY, READING, START = 60e9, 8e9, 2e8, 2e-3
+"""Operations, bytes of weights that pass by and bytes that are read first, a second each; seconds for each pass. What
+PyTorch in fp32 does on one core of an AMD EPYC, roughly."""
 SEED = 1
 PROMPTS = (
     "a large red circle moving left over the ocean",
@@ -58,6 +62,17 @@ class Calibration:
     config: ModelConfig
     """The model's, or the same with fewer tokens."""
 
+    @property
+    def seconds(self) -> float:
+        """About what one core takes: to make the network, and for all passes by their operations and weights."""
+        config, weights = self.config, 4.0 * memory.parameters(self.config)
+        total = 0.0
+        for unit in range(UNITS):
+            shape = Shape(config, min((unit + 1) * config.unit, config.window + config.sinks))
+            operations = shape.products + shape.attention + shape.cross_attention
+            total += (len(config.unit_steps(unit)) + 1) * (operations / OPERATIONS + weights / MEMORY + START)
+        return weights / READING + len(self.texts) * total
+
     def run(self, source: Source, made: Draft) -> tuple[Source, dict[str, Any]]:
         """The source with its ranges, which are put in the draft or found there; and notes for the manifest."""
         begin = perf_counter()
@@ -76,12 +91,16 @@ class Calibration:
 
     @torch.no_grad()
     def observe(self, source: Source) -> dict[str, np.ndarray]:
-        """The largest |x| of each input of each product that will be quantised: `quantize.Ranges`."""
+        """The largest |x| of each input of each product that will be quantised, and of the ring's values:
+        `quantize.Ranges`."""
         dit = CausalDiT.from_arrays(self.config, source.dit).eval()
         seen: dict[str, Tensor] = {}
         for _, layers in rows(self.config):
             for layer in layers:  # the clean pass of the last block asks for fewer of them
                 dit.get_submodule(layer).register_forward_pre_hook(_watch(layers[0], seen))
+        for block in range(self.config.depth):
+            name = values(block)
+            dit.get_submodule(name.removesuffix(OUTPUT)).register_forward_hook(_watch_output(name, seen))
         passes = len(self.texts) * UNITS
         with tqdm(total=passes, desc="calibration", unit="unit", leave=False) as bar:
             for number, rows_of_text in enumerate(self.texts):
@@ -99,6 +118,11 @@ def _watch(name: str, seen: dict[str, Tensor]) -> Any:
         seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
     return watch
+
+
+def _watch_output(name: str, seen: dict[str, Tensor]) -> Any:
+    watch = _watch(name, seen)
+    return lambda module, inputs, output: watch(module, (output,))
 
 
 def _played(dit: CausalDiT, text: TextKV, ring: RingCache, unit: int, seed: int) -> Tensor:

@@ -25,7 +25,11 @@ import numpy as np
 from cfrt.config import ModelConfig
 
 Ranges = Mapping[str, np.ndarray]
-"""The first layer of a product -> the largest |x| of each of its inputs, fp32 [in]."""
+"""The first layer of a product -> the largest |x| of each of its inputs, fp32 [in]; `values(block)` -> that of each of
+the values that go into the ring, [d]."""
+OUTPUT = ".output"
+RING_ROOM = 2
+"""How much larger than the largest seen a value in the ring may become: a floating format loses nothing by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,18 @@ def quantise(weight: np.ndarray, largest: np.ndarray, precision: str, *, balance
         input_scale=np.float32(_scale(largest.max(), known)),
         inverse_factors=inverse,
     )
+
+
+def values(block: int) -> str:
+    """What a block puts into the ring, among ranges."""
+    return f"blocks.{block}.self_attn.v{OUTPUT}"
+
+
+def value_scales(ranges: Ranges, config: ModelConfig) -> np.ndarray:
+    """fp32 [layers, d]: of each channel of the ring's values in e4m3."""
+    largest = np.stack([ranges[values(block)] for block in range(config.depth)])
+    scales: np.ndarray = np.where(largest == 0, 1, RING_ROOM * largest / FORMATS["fp8"].largest).astype(np.float32)
+    return scales
 
 
 def inverse_factors(weight: np.ndarray, largest: np.ndarray) -> np.ndarray:

@@ -92,9 +92,9 @@ def test_what_is_lost_is_written_into_the_manifest(bundle: Path, tmp_path: Path)
         assert 0 <= numbers["mean"] <= 100
         assert numbers["difference"]["margin"] >= 0
     assert {**before.notes, quality.NOTE: note} == opened.manifest.notes
-    with pytest.raises(SystemExit, match=r"more than -101 point is lost by int8"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quality, "ALLOWED", -101.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "ALLOWED", -101.0)
+        with pytest.raises(SystemExit, match=r"more than -101 point is lost by int8"):
             quality.main(arguments)
 
 

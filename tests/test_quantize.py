@@ -20,13 +20,13 @@ from cfrt.errors import ExportError
 from cfrt.text import TableText
 from cfrt.weights import save_model
 from export import transformer, verify
-from export.build import PIXELS, build
+from export.build import PIXELS, build, outside
 from export.builder import Builder
 from export.calibrate import Calibration, find
 from export.engine_checks import check, quantised_products
 from export.engine_report import read
 from export.onnx import Options, main
-from export.quantize import FORMATS, inverse_factors, quantise, rows
+from export.quantize import FORMATS, inverse_factors, quantise, rows, value_scales, values
 from export.segments import layout
 from export.sources import Source
 
@@ -104,6 +104,19 @@ def test_balancing_helps_where_channels_differ() -> None:
         narrow = np.rint(x * even / product.input_scale).clip(-128, 127) * product.input_scale
         errors.append(np.linalg.norm(narrow @ product.dequantised() - x @ weight))
     assert errors[1] < errors[0] / 3
+
+
+def test_values_in_the_ring_have_room(source: Source) -> None:
+    """Half of what e4m3 reaches, for each channel; 1 where nothing was seen."""
+    largest = np.stack([source.ranges[values(block)] for block in range(CONFIG.depth)])
+    assert largest.shape == (CONFIG.depth, CONFIG.width)
+    assert (largest > 0).all()
+    scales = value_scales(source.ranges, CONFIG)
+    np.testing.assert_allclose(largest / scales, 224, rtol=1e-6)
+    np.testing.assert_array_equal(outside(source, "fp8")["v_scale"], scales)
+    assert "v_scale" not in outside(source, "bf16")
+    silent = {values(block): np.zeros(CONFIG.width, np.float32) for block in range(CONFIG.depth)}
+    assert (value_scales(silent, CONFIG) == 1).all()
 
 
 # ---------------------------------------------------------------------- graphs
@@ -203,7 +216,7 @@ def test_random_weights_are_shown_random_text() -> None:
     assert shown.origin.startswith("none: random text and noise")
     assert (len(shown.texts), shown.config.frame_tokens) == (1, 4)
     source = replace(source, ranges=shown.observe(source))
-    assert source.ranges.keys() == {layers[0] for _, layers in rows(source.config)}
+    assert source.ranges.keys() == {layers[0] for _, layers in rows(source.config)} | {values(i) for i in range(3)}
     small = verify.few_tokens(source)
     np.testing.assert_array_equal(small.ranges["blocks.1.ffn.0"], source.ranges["blocks.2.ffn.0"])
     assert len(quantised_products(mid(small, "fp8"))) == 6

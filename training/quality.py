@@ -3,9 +3,9 @@
     python -m training quality bundle_int8/ bundle_fp8/
 
 Every prompt is streamed with the same seed by the native engine in fp32 and by each bundle's graphs in ONNX Runtime,
-with the rounding that they say; the exact reader of the card says what each clip shows. What was found is written into
-the bundle's manifest, under `notes.quality`. Differences are of pairs, in points (hundredths), with their 95 % interval.
-It changes nothing that other work runs beside it."""
+with the rounding that they and the ring on a GPU have; the exact reader of the card says what each clip shows. What was
+found is written into the bundle's manifest, under `notes.quality`. Differences are of pairs, in points (hundredths),
+with their 95 % interval. It changes nothing that other work runs beside it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from training.sources import Source, Task
 NOTE = "quality"
 """Of a manifest."""
 REFERENCE = "fp32"
+"""What everything is compared with."""
 BATCH = 32
 """Clips played together: a chorus of more is no faster, and ten seconds of video take memory."""
 ALLOWED = 1.0
@@ -103,6 +104,7 @@ def of_bundles(arguments: Arguments) -> dict[str, Numbers]:
     common = {
         "measured_on": time.strftime("%Y-%m-%d"),
         "against": "the native engine in fp32, on the weights that were exported",
+        "rounded": "products as the graphs say; in 8 bits also queries, keys and values, not probabilities",
         "model_sha256": digest(folder),
         "prompts": arguments.prompts,
         "frames": arguments.frames,
@@ -123,8 +125,8 @@ def check_origin(bundle: Bundle, folder: Path) -> None:
     expected = [weights[f"dit.blocks.{layer}.self_attn.norm_q.weight"] for layer in range(config.depth)]
     if own.name != config.name or own.depth != config.depth or not _alike(held["norm_q"], np.stack(expected)):
         raise BundleError(
-            f"expected {bundle.folder} to be an export of {config.name!r} as it is now in {folder}, and its weights are "
-            "others: export it again, or name the student that it is of with --model"
+            f"expected {bundle.folder} to be an export of {config.name!r} as it is now in {folder}, and its weights "
+            "are others: export it again, or name the student that it is of with --model"
         )
 
 
@@ -170,7 +172,7 @@ def estimate(points: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(config: Config, players: Mapping[str, Source]) -> dict[str, Numbers]:
-    """Per player: each number, and how it differs from that of REFERENCE."""
+    """Per player: each number, and how it differs from that of the first one."""
     task = config.tasks(ModelConfig.load(students.find("tiny") / students.CONFIG).text)["start"]
     seen: dict[str, dict[str, list[Tensor]]] = {player: {} for player in players}
     parts = range(0, config.prompts, config.batch)
@@ -181,10 +183,10 @@ def measure(config: Config, players: Mapping[str, Source]) -> dict[str, Numbers]
             for name, points in judged(video, part).items():
                 seen[player].setdefault(name, []).append(points)
     whole = {player: {name: torch.cat(points) for name, points in of.items()} for player, of in seen.items()}
+    first_one = whole[next(iter(players))]
     return {
         player: {
-            name: {**estimate(points), "difference": estimate(points - whole[REFERENCE][name])}
-            for name, points in of.items()
+            name: {**estimate(points), "difference": estimate(points - first_one[name])} for name, points in of.items()
         }
         for player, of in whole.items()
     }
@@ -201,8 +203,9 @@ def digest(folder: Path) -> str:
 
 
 def lines(measures: Mapping[str, Any]) -> list[str]:
+    """A player's numbers, for people."""
     return [
-        f"  {name:12} {n['mean']:6.2f} +- {n['margin']:.2f}   against fp32 {n['difference']['mean']:+.2f} "
+        f"  {name:12} {n['mean']:6.2f} +- {n['margin']:.2f}   difference {n['difference']['mean']:+.2f} "
         f"+- {n['difference']['margin']:.2f}"
         for name, n in measures.items()
     ]

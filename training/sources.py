@@ -174,9 +174,7 @@ def generated(autoencoder: Autoencoder, sampler: Sampler) -> Source:
     return source
 
 
-def streamed(
-    model: str | Path, engine: str = "auto", precision: str = "auto", threads: int | None = None
-) -> Source:
+def streamed(model: str | Path, engine: str = "auto", precision: str = "auto", threads: int | None = None) -> Source:
     """Clips of the runtime itself: each one a `cfrt.Stream` read frame by frame, its prompt changed while it runs.
 
     It knows nothing of the training code, so it checks the numbers of `student`. It can't go on from a real past."""

@@ -4,6 +4,9 @@ A small model's graphs cost almost as much for one stream as for sixty, since mo
 So whoever wants many clips and none of them soon, such as an evaluation, plays them together. The graphs are the
 bundle's own, with the ports told of more rows; rings, text and decoders are each stream's.
 
+Where a bundle says that its ring is of 8 bits on a GPU, this one rounds as that does: queries, keys and values, not the
+probabilities between them.
+
 Legend: B streams, M tokens of a unit, L text rows.
 """
 
@@ -19,6 +22,7 @@ from ..config import ModelConfig
 from ..flow import TIME_SCALE, renoise, sigmas
 from ..noise import Purpose
 from . import Spec
+from .granules import as_held, queries_as_held
 from .onnx import CpuDevice, OnnxEngine, Tensors
 
 
@@ -48,6 +52,8 @@ class Chorus(CpuDevice):
     def __init__(self, config: ModelConfig, tensors: Tensors, seeds: Sequence[int], *, threads: int = 1) -> None:
         super().__init__(config, tensors, seed=seeds[0], threads=threads)
         self._seeds = seeds
+        scales = tensors.get("v_scale")
+        self._scales = None if scales is None else scales.reshape(config.depth, config.heads, config.head_dim)
         self._others = [self._new_ring() for _ in seeds[1:]]
 
     def load(self, segment: Segment, graph: bytes) -> None:
@@ -64,6 +70,7 @@ class Chorus(CpuDevice):
     def open(self, unit: int) -> None:
         """Rings in step have the same plan. The first one is the engine's; what it has committed, so do the others."""
         super().open(unit)
+        self._frames = range(unit * self.config.unit, (unit + 1) * self.config.unit)
         for ring in self._others:
             if ring.next_frame < self.ring.next_frame:
                 ring.commit(ring.next_frame // self.config.unit)
@@ -86,11 +93,32 @@ class Chorus(CpuDevice):
         _, *rows = self._heads()
         for ring, k, v in zip(self._rings(), *map(self._each, rows), strict=True):
             self._remember(ring, layer, k, v)
+        if self._scales is not None:
+            self._round(layer, self._scales[layer])
+
+    def _round(self, layer: int, scales: np.ndarray) -> None:
+        """The keys and values that the unit has put into the rings."""
+        dim = self.config.head_dim
+        for frame in self._frames:
+            held = [np.stack(part) for part in zip(*(ring.read(layer, frame) for ring in self._rings()), strict=True)]
+            for part, rounded in zip(held, as_held(*(part[..., :dim] for part in held), scales), strict=True):
+                part[..., :dim] = rounded
+            for ring, k, v in zip(self._rings(), *held, strict=True):
+                ring.write(layer, frame, k, v)
 
     def attend(self, layer: int) -> None:
         queries = self._each(self._heads()[0])
         found = [self._found(ring, layer, q) for ring, q in zip(self._rings(), queries, strict=True)]
         self.buffers["attended"] = self._head.taken(np.concatenate(found))
+
+    def _queries(self, layer: int, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        near, far = super()._queries(layer, q)
+        if self._scales is None:
+            return near, far
+        return self._rounded(near), None if far is None else self._rounded(far)
+
+    def _rounded(self, q: np.ndarray) -> np.ndarray:
+        return queries_as_held(q.reshape(len(q), self.config.heads, -1)).reshape(q.shape)
 
     def noise(self, unit: int, step: int) -> np.ndarray:
         config = self.config

@@ -139,9 +139,9 @@ class CpuDevice:
             threads=self._pool,
         )
 
-    def _found(self, ring: kernels.Ring, layer: int, q: np.ndarray) -> np.ndarray:
-        heads = (-1, self.config.heads, self._head.stored)
-        q, q_sink = kernels.queries(
+    def _queries(self, layer: int, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Normed and turned, for the window and, where they are far, for the sinks."""
+        return kernels.queries(
             q,
             self.config.heads,
             weight=self._head.norm(self._norms["norm_q"][layer]) * self._head.query,
@@ -150,6 +150,10 @@ class CpuDevice:
             sink_turn=self._sink_turn,
             threads=self._pool,
         )
+
+    def _found(self, ring: kernels.Ring, layer: int, q: np.ndarray) -> np.ndarray:
+        heads = (-1, self.config.heads, self._head.stored)
+        q, q_sink = self._queries(layer, q)
         out = np.empty_like(q)
         kernels.attention(
             q.reshape(heads),

@@ -103,7 +103,7 @@ class Export:
         """With the ranges of all that is quantised, and notes about them."""
         if self.calibration is None:
             return self, {}
-        source, seen = self.calibration.run(self.source, made)
+        source, seen = self.calibration.run(self.source, made, self.precision)
         return replace(self, source=source), {"quantization": calibrate.described(seen, self.precision)}
 
     def _graphs(self, made: Draft) -> None:

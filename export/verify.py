@@ -41,7 +41,7 @@ from cfrt.nn.wan_vae import WanVAE
 
 from .build import PIXELS, build, norms
 from .graph import rounded
-from .quantize import FORMATS, quantise, rows
+from .quantize import FORMATS, MEAN, product_of, rows
 from .segments import activations, decoder_config, layout
 from .sources import Lazy, Source, Tensors
 
@@ -117,8 +117,9 @@ def few_tokens(source: Source) -> Source:
     last = f"blocks.{config.depth - 1}."
     names = {name: name.replace("blocks.1.", last) if small.depth == 2 else name for name in shapes.dit(small)}
     dit = Lazy(shapes.dit(small), lambda name: source.dit[names[name]])
-    products = (layers[0] for _, layers in rows(small)) if source.ranges else ()
-    ranges = {name: source.ranges[names[f"{name}.weight"].removesuffix(".weight")] for name in products}
+    products = [layers[0] for _, layers in rows(small)] if source.ranges else []
+    theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in products}
+    ranges = {name + kind: source.ranges[theirs[name] + kind] for name in products for kind in ("", MEAN)}
     return replace(source, config=small, dit=dit, ranges=ranges)
 
 
@@ -289,11 +290,14 @@ def _alike(source: Source, precision: str) -> _Network:
     network = _Network(source.config, dit)
     for row, layers in rows(source.config) if precision in FORMATS else ():
         weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
-        product = quantise(weight, source.ranges[layers[0]], precision, balanced=row.balanced is not None)
+        product = product_of(row, layers, weight, source.ranges, precision)
         factors = 1 if product.inverse_factors is None else product.inverse_factors[:, None]
         parts = torch.from_numpy((product.dequantised() * factors).T).chunk(len(layers))
-        for layer, part in zip(layers, parts, strict=True):
+        shifts = torch.from_numpy(product.shift).chunk(len(layers))
+        for layer, part, shift in zip(layers, parts, shifts, strict=True):
             network.dit.get_parameter(f"{layer}.weight").copy_(part)
+            bias = torch.from_numpy(source.dit[f"{layer}.bias"]) - shift
+            network.dit.get_parameter(f"{layer}.bias").copy_(torch.from_numpy(rounded(bias.numpy(), act)))
     return network
 
 

@@ -5,6 +5,7 @@ Streams of a bundle: tests/test_onnx_engine.py. The files themselves: tests/test
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 
 from cfrt import convert, shapes
 from cfrt.bundle import MANIFEST, Bundle, Segment
+from cfrt.cli import main as cfrt
 from cfrt.config import PRESETS, ModelConfig
 from cfrt.errors import ExportError
 from export import onnx as command
 from export import pixels, transformer, verify
 from export.build import build, numbers
+from export.calibrate import Calibration
 from export.draft import draft, key
 from export.graph import check
 from export.onnx import Options, main, plan
@@ -392,7 +395,24 @@ def test_a_dry_run_says_what_would_be_made_and_writes_nothing(
     assert "6 segments, about 0 MB" in said
     assert "verified: full" in said
     assert "mid" in said
+    assert "calibration" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_dry_run_counts_as_the_runtime_does_and_says_how_long_calibration_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedded student's numbers are those of `cfrt models`; at full size a prompt is the better part of an
+    hour."""
+    assert main(["--model", "tiny", "--precision", "int8", "--out", str(tmp_path / "b"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "calibration: 6 streams, prompts built in; about 1 s more" in said
+    assert cfrt(["models"]) == 0
+    counted = re.search(r"([0-9.]+ M) parameters", capsys.readouterr().out)
+    assert counted is not None
+    assert f"tiny: {counted[1]} parameters" in said
+    large = Calibration(origin="a file", texts=(np.zeros((512, 4096)),), config=PRESETS["wan-1.3b-framewise-2step"])
+    assert 1800 < large.seconds < 2 * 3600
 
 
 def test_resolution_window_and_sinks_are_the_bundles(student: Path, tmp_path: Path, made_once: None) -> None:

@@ -113,7 +113,7 @@ def test_8_bits_in_the_ring(tmp_path: Path, monkeypatch: Patch) -> None:
     equal."""
     config = gpu_config(steps=(1.0,))
     plain = make_bundle(tmp_path / "bf16", config)
-    seen = Calibration(origin="a test", texts=(rows_of(config),), config=config).observe(source_of(config))
+    seen = Calibration(origin="a test", texts=(rows_of(config),), config=config).observe(source_of(config), "int8")
     small = make_bundle(tmp_path / "int8", config, tensors={"v_scale": value_scales(seen, config)})
     frames = []
     for bundle in (plain, small):

@@ -37,6 +37,7 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.quality")
     players = {precision: sources.streamed("tiny", "native", precision) for precision in PRECISIONS}
+    found = measure(replace(Config(), prompts=arguments.prompts), players)
     measured = {
         "measured_on": date.today().isoformat(),
         "model": "tiny",
@@ -45,11 +46,11 @@ def main() -> None:
         "prompts": arguments.prompts,
         "isa": kernels.isa(),
         "cpu": machine()["cpu"],
-        "precisions": measure(replace(Config(), prompts=arguments.prompts), players),
+        "precisions": found,
     }
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
-    for precision, measures in measured["precisions"].items():
+    for precision, measures in found.items():
         print("\n".join([precision, *lines(measures)]))
 
 

@@ -61,17 +61,22 @@ def test_each_stream_is_the_one_that_it_would_be_alone(geometry: dict) -> None:
 
 
 def test_a_bundle_of_8_bits_plays_as_its_streams_do(bundle: Path) -> None:
-    """Its rounding is where it was: a sum in another order may fall on the other side of a step now and then."""
+    """Its rounding is where it was: a sum in another order may fall on the other side of a step now and then. And the
+    ring of 8 bits that it has on a GPU is another one than the engine's, but not by much."""
     config, weights = load_model(bundle)
     text, prompts = encoder(config, weights), (RED, BLUE)
-    engine = ChorusEngine((1, 2))
-    engine.prepare(Spec(config=config, weights=weights, threads=1, bundle=Bundle.open(bundle)))
-    engine.set_text(np.stack([text.encode(prompt).rows for prompt in prompts]))
-    clips = np.concatenate(list(engine.play(4)))
+    without = {name: array for name, array in weights.items() if name != "v_scale"}
+    plays = []
+    for tensors in (without, weights):
+        engine = ChorusEngine((1, 2))
+        engine.prepare(Spec(config=config, weights=tensors, threads=1, bundle=Bundle.open(bundle)))
+        engine.set_text(np.stack([text.encode(prompt).rows for prompt in prompts]))
+        plays.append(np.concatenate(list(engine.play(4))).astype(int))
     for number, prompt in enumerate(prompts):
         with cfrt.Stream(prompt, model=bundle, seed=number + 1, fps="max", threads=1) as stream:
-            alone = np.stack([frame.pixels for frame in stream.frames(len(clips))])
-        assert np.abs(clips[:, number].astype(int) - alone).mean() < 0.5, "in levels of 255"
+            alone = np.stack([frame.pixels for frame in stream.frames(len(plays[0]))])
+        assert np.abs(plays[0][:, number] - alone).mean() < 0.5, "in levels of 255"
+    assert 0 < np.abs(plays[1] - plays[0]).mean() < 3
 
 
 def test_what_is_lost_is_written_into_the_manifest(bundle: Path, tmp_path: Path) -> None:

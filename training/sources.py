@@ -185,8 +185,9 @@ def streamed(model: str | Path, engine: str = "auto", precision: str = "auto", t
 
     def clip(texts: tuple[str, str], task: Task, seed: int) -> Tensor:
         until = min(int(worlds.first_frame(task.switch)), task.frames)
-        how = {"model": model, "engine": engine, "precision": precision, "threads": threads}
-        with Stream(texts[0], **how, seed=seed, fps="max") as stream:
+        with Stream(
+            texts[0], model=model, engine=engine, precision=precision, threads=threads, seed=seed, fps="max"
+        ) as stream:
             frames = list(stream.frames(until))
             if until < task.frames:
                 change = stream.prompt(texts[1])

@@ -52,8 +52,10 @@ class Chorus(CpuDevice):
     def __init__(self, config: ModelConfig, tensors: Tensors, seeds: Sequence[int], *, threads: int = 1) -> None:
         super().__init__(config, tensors, seed=seeds[0], threads=threads)
         self._seeds = seeds
-        scales = tensors.get("v_scale")
-        self._scales = None if scales is None else scales.reshape(config.depth, config.heads, config.head_dim)
+        self._scales: np.ndarray | None = None
+        if "v_scale" in tensors:
+            self._scales = np.ones((config.depth, config.heads, self._head.stored), np.float32)
+            self._scales[..., : config.head_dim] = tensors["v_scale"].reshape(config.depth, config.heads, -1)
         self._others = [self._new_ring() for _ in seeds[1:]]
 
     def load(self, segment: Segment, graph: bytes) -> None:
@@ -70,7 +72,6 @@ class Chorus(CpuDevice):
     def open(self, unit: int) -> None:
         """Rings in step have the same plan. The first one is the engine's; what it has committed, so do the others."""
         super().open(unit)
-        self._frames = range(unit * self.config.unit, (unit + 1) * self.config.unit)
         for ring in self._others:
             if ring.next_frame < self.ring.next_frame:
                 ring.commit(ring.next_frame // self.config.unit)
@@ -90,21 +91,27 @@ class Chorus(CpuDevice):
             self.buffers[name] = np.concatenate(parts, axis=1) if segment == "text_kv" else np.stack(parts)
 
     def append(self, layer: int) -> None:
-        _, *rows = self._heads()
-        for ring, k, v in zip(self._rings(), *map(self._each, rows), strict=True):
-            self._remember(ring, layer, k, v)
-        if self._scales is not None:
-            self._round(layer, self._scales[layer])
+        _, k, v = self._heads()
+        if self._scales is None:
+            for ring, *rows in zip(self._rings(), self._each(k), self._each(v), strict=True):
+                self._remember(ring, layer, *rows)
+            return
+        k, v = self._held(np.concatenate([self._turned(layer, rows) for rows in self._each(k)]), v, self._scales[layer])
+        for ring, *rows in zip(self._rings(), self._each(k), self._each(v), strict=True):
+            kernels.append(ring.layer(layer), self._place, *rows, threads=self._pool)
 
-    def _round(self, layer: int, scales: np.ndarray) -> None:
-        """The keys and values that the unit has put into the rings."""
-        dim = self.config.head_dim
-        for frame in self._frames:
-            held = [np.stack(part) for part in zip(*(ring.read(layer, frame) for ring in self._rings()), strict=True)]
-            for part, rounded in zip(held, as_held(*(part[..., :dim] for part in held), scales), strict=True):
-                part[..., :dim] = rounded
-            for ring, k, v in zip(self._rings(), *held, strict=True):
-                ring.write(layer, frame, k, v)
+    def _turned(self, layer: int, k: np.ndarray) -> np.ndarray:
+        """A stream's keys, normed and turned as an append does it."""
+        weight = self._head.norm(self._norms["norm_k"][layer])
+        return kernels.queries(
+            k, self.config.heads, weight=weight, eps=self._head.eps, turn=self._turn, threads=self._pool
+        )[0]
+
+    def _held(self, k: np.ndarray, v: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of keys and values, frame by frame as a ring of 8 bits holds them; zeros stay zeros."""
+        frames = (-1, self.config.frame_tokens, self.config.heads, self._head.stored)
+        keys, values = as_held(k.reshape(frames), v.reshape(frames), scales)
+        return keys.reshape(k.shape), values.reshape(v.shape)
 
     def attend(self, layer: int) -> None:
         queries = self._each(self._heads()[0])

@@ -28,7 +28,7 @@ from serve_fixture import OTHER, PATIENCE, PROMPT, Served, process, running, too
 
 from cfrt.errors import EngineError
 from cfrt.picture import png
-from cfrt.serve import formats, rtc
+from cfrt.serve import film, formats
 from cfrt.serve.client import Client, ServerError
 from cfrt.serve.limits import Bucket, Limits
 
@@ -320,9 +320,9 @@ def test_aiortc_sees_the_stream_on_this_machine_alone(served: Served, name: str)
 
     sdp, frames = asyncio.run(watch())
     assert {line.split()[4] for line in re.findall(r"(?m)^a=(candidate:.*)$", sdp)} == {"127.0.0.1"}
-    assert frames[-1].shape == (128 + rtc.CELL, 128, 3)
+    assert frames[-1].shape == (128 + film.CELL, 128, 3)
     assert colour(frames[-1][:128]) == "red"
-    ticks = [int(((frame[-4, 4 :: rtc.CELL, 0] > 127) << np.arange(rtc.BITS)).sum()) for frame in frames]
+    ticks = [int(((frame[-4, 4 :: film.CELL, 0] > 127) << np.arange(film.BITS)).sum()) for frame in frames]
     assert np.all(np.diff(ticks) > 0)
     eventually(lambda: served.state(name)["viewers"] == 0)
 

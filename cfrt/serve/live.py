@@ -47,7 +47,7 @@ class Live:
     def __init__(self, socket: WebSocket, sessions: Registry, steering: Meter, making: Meter) -> None:
         self._socket, self._sessions, self._steering, self._making = socket, sessions, steering, making
         at_once = socket.query_params.get("video") == "jpeg"
-        self._viewer = Viewer("websocket", shows=at_once, jpeg=at_once)
+        self._viewer = Viewer("websocket", codec="jpeg" if at_once else None, shows=at_once)
         self._sending = asyncio.Lock()
         self._unit, self._prompt, self._told = -1, "", 0.0
 
@@ -96,7 +96,7 @@ class Live:
         if frame.prompt != self._prompt:
             self._prompt = frame.prompt
             await self._say({"type": "state", **session.state()})
-        if self._viewer.jpeg:
+        if self._viewer.codec == "jpeg":
             head = HEADER.pack(
                 frame.index, frame.unit, shot.tick & 0xFFFFFFFF, min(round(1e6 * frame.latency), 2**32 - 1)
             )
@@ -147,7 +147,8 @@ class Live:
 
     async def _do(self, session: Session, wish: messages.ControlMessage | messages.VideoMessage) -> dict[str, Any]:
         if isinstance(wish, messages.VideoMessage):
-            self._viewer.jpeg = self._viewer.shows = wish.format == "jpeg"
+            self._viewer.shows = wish.format == "jpeg"
+            self._viewer.codec = "jpeg" if self._viewer.shows else None
             return {"type": "done", "change": None}
         if wish.restart:
             self._making.pay(self._socket)

@@ -17,7 +17,8 @@ from ..errors import CfrtError
 from ..stats import Recent, Stats, Timing
 from ..stream import Change, Stream
 from . import messages
-from .broadcast import Broadcast, Shot, Viewer
+from .broadcast import Broadcast, Codec, Shot, Viewer
+from .film import Film
 from .limits import Limits
 from .recorder import Recorder
 from .refusal import Refusal
@@ -47,6 +48,10 @@ class Session:
         self.error: str | None = None
         self.touched = monotonic()
         self._make, self._stream = make, stream
+        self.films: dict[Codec, Film] = {
+            "vp8": Film(self.fps, stamped=False),
+            "vp8 stamped": Film(self.fps, stamped=True),
+        }
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # one control at a time
         self._wake = threading.Condition()  # of the thread that plays: watched, replaced, closed
@@ -217,7 +222,7 @@ class Session:
         return change
 
     def _restart(self, prompt: str, seed: int, image: np.ndarray | None = None) -> None:
-        old, paused = self._stream, self._stream.paused
+        old, paused, self.overhead = self._stream, self._stream.paused, Recent()
         self._stream = self._make(prompt, seed=seed, image=image)
         self.seed = seed
         self._reads(prompt)
@@ -247,13 +252,20 @@ class Session:
             for frame in stream.frames():
                 begin = perf_counter()
                 shot = Shot(frame, next(self._ticks))
-                if self.broadcast.wants_jpeg:
-                    _ = shot.jpeg
+                self._encode(shot)
                 self._loop.call_soon_threadsafe(self._arrived, stream, shot, begin)
                 self._wait_for_viewers(stream)
         except Exception as error:
             if not self._loop.is_closed():  # the server has not ended before the stream
                 self._failed(stream, error)
+
+    def _encode(self, shot: Shot) -> None:
+        """As the viewers want it."""
+        for codec in self.broadcast.wanted:
+            if codec == "jpeg":
+                _ = shot.jpeg
+            elif codec is not None:
+                shot.vp8[codec] = self.films[codec].add(shot.frame.pixels, shot.tick)
 
     def _wait_for_viewers(self, stream: Stream) -> None:
         with self._wake:

@@ -3,8 +3,9 @@
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed cfrt is what is tested
 
@@ -76,6 +77,54 @@ def _random_state() -> Iterator[None]:
     np.random.set_state(numpy)
     if of_torch is not None:
         torch.set_rng_state(of_torch)
+
+
+# ---------------------------------------------------------------------- streams, servers
+
+
+@pytest.fixture(scope="module")
+def folders() -> Iterator:
+    """The folder of each of `stream_fixture.CONFIGS`."""
+    from stream_fixture import saved
+
+    with saved() as folder_of:
+        yield folder_of
+
+
+@pytest.fixture
+def open_stream(folders: Callable[[int], Path]) -> Iterator:
+    """Makes streams that end with the test."""
+    from stream_fixture import opening
+
+    with opening(folders) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator:
+    """A server in this process with limits that no test reaches."""
+    from serve_fixture import GENEROUS, running
+
+    with running(limits=GENEROUS) as server:
+        yield server
+
+
+@pytest.fixture
+def name(served: Any) -> Iterator[str]:
+    """A stream on it."""
+    name = served.new()
+    yield name
+    served.http.delete(f"/streams/{name}")
+
+
+@pytest.fixture
+def client(served: Any) -> Any:
+    from cfrt.serve.client import Client
+
+    return Client(served.url)
+
+
+# ---------------------------------------------------------------------- tools
 
 
 @pytest.fixture(scope="session")

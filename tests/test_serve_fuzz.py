@@ -70,6 +70,7 @@ def check(answer: Any) -> None:
     assert answer.status_code < 500 or answer.status_code == 503, answer.text
     if answer.status_code >= 400:
         assert set(answer.json()["error"]) == {"message", "expected", "got", "do"}
+        assert all(answer.json()["error"].values())
         assert "Traceback" not in answer.text
 
 

@@ -12,14 +12,12 @@ import av
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from serve_fixture import OTHER, PATIENCE, PROMPT, Served, process, running, tool
+from serve_fixture import GENEROUS, OTHER, PATIENCE, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
-from cfrt.serve.limits import Limits
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
-GENEROUS = Limits(streams=64, creations_per_minute=6000, messages_per_second=1000)
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -36,12 +34,6 @@ READ = """i => { const c = document.querySelectorAll('canvas.picture')[i];
                return [c.width, c.height, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data] }"""
 
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with running(limits=GENEROUS) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """A stream's frames as VP8, encoded once for all who watch by WebRTC: an encoder for each viewer would do the same
 work again for each, and one more of it whenever a browser thinks the network faster or slower.
 
-A frame that is no key frame needs the one before it. So frames are numbered, and a viewer who has missed one, or has just
-come, waits for the next key frame and asks for it.
+A frame that is no key frame needs the one before it. So frames are numbered, and a viewer who has missed one, or has
+just come, waits for the next key frame and asks for it.
 """
 
 from dataclasses import dataclass

@@ -152,4 +152,5 @@ def without_candidates(sdp: str) -> str:
 
 
 def _unreadable(error: Exception) -> Refusal:
-    return Refusal(422, expected="a session description (SDP) that knows VP8", got=type(error).__name__, do="send createOffer()'s")
+    expected = "a session description (SDP) that knows VP8"
+    return Refusal(422, expected=expected, got=type(error).__name__, do="send createOffer()'s")

@@ -22,6 +22,7 @@ from .film import Film
 from .limits import Limits
 from .recorder import Recorder
 from .refusal import Refusal
+from .shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Session:
         self.broadcast, self.overhead = Broadcast(), Recent()
         self.recorder: Recorder | None = None
         self.error: str | None = None
+        self._kept: tuple[Any, ...] = ()  # where it was when it was put on the shelf
         self.touched = monotonic()
         self._make, self._stream = make, stream
         self.films: dict[Codec, Film] = {
@@ -205,6 +207,15 @@ class Session:
         with self._lock:
             self._check_alive()
             return self._stream.branch()
+
+    def keep(self, shelf: Shelf) -> None:
+        """Puts the stream on the shelf as it is now, unless it is there so already."""
+        with self._lock:
+            here = (self._stream, self._stream.stats.frames, self._stream.paused, self._stream.changes, self.seed)
+            if here == self._kept or self._closed or self.error is not None:
+                return
+            shelf.keep(self.id, self._stream.snapshot(portable=True), paused=self._stream.paused)
+            self._kept = here
 
     def _steer(self, wish: messages.Control) -> Change | None:
         stream = self._stream

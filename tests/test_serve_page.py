@@ -11,10 +11,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 from serve_fixture import GENEROUS, OTHER, PATIENCE, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
+from training.reader import read
+from training.worlds import FACTORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
@@ -85,6 +88,17 @@ def colour(page: Page, screen: int = 0) -> str:
     return ("red", "green", "blue")[int(np.argmax(lead))]
 
 
+def scene(page: Page) -> str:
+    """Size, colour, shape and background of what is on show, read from a third of a second of the page's pixels."""
+    pictures = []
+    for _ in range(6):
+        pictures.append(picture(page))
+        page.wait_for_timeout(60)
+    film = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)[None] / 255
+    factors = dict(zip(FACTORS.items(), read(film).factors[0].tolist(), strict=True))
+    return " ".join(values[at] for (name, values), at in factors.items() if name not in ("direction", "speed"))
+
+
 def unit(page: Page) -> int:
     return int(page.get_attribute("canvas.picture", "data-unit") or -1)
 
@@ -131,6 +145,20 @@ def test_without_webrtc_the_websocket_carries_the_frames(open_page: Open) -> Non
     assert page.inner_text("#link") == "WebSocket"
     say(page, OTHER)
     eventually(page, lambda: colour(page) == "blue")
+
+
+@pytest.mark.parametrize("way", ["WebRTC", "WebSocket"])
+def test_what_the_page_shows_is_what_was_said(open_page: Open, way: str) -> None:
+    page = open_page(script="" if way == "WebRTC" else "delete window.RTCPeerConnection")
+    page.wait_for_selector(f"#link:has-text('{way}')")
+    for prompt, expected in (
+        ("a large red circle moving left at night", "large red circle night"),
+        ("a small blue square moving up over a meadow", "small blue square meadow"),
+        ("a large yellow cross moving right over the ocean", "large yellow cross ocean"),
+    ):
+        say(page, prompt)
+        eventually(page, lambda expected=expected: scene(page) == expected)
+    assert page.inner_text("#link") == way
 
 
 def test_words_that_it_does_not_know_are_said(open_page: Open) -> None:
@@ -288,6 +316,27 @@ def test_a_server_that_was_killed_is_found_again(open_page: Open) -> None:
         assert "no longer has this stream" in page.inner_text("#toast")
         assert page.input_value("#prompt") == OTHER
         eventually(page, lambda: colour(page) == "blue")
+        page.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_keeps_its_streams_goes_on_with_them_after_a_kill(open_page: Open, tmp_path: Path) -> None:
+    with process("--state", str(tmp_path)) as (url, server):
+        page = open_page(url, tolerate="WebSocket connection|Failed to load resource")
+        say(page, OTHER)
+        eventually(page, lambda: colour(page) == "blue")
+        eventually(page, lambda: unit(page) >= 24)
+        page.wait_for_timeout(2500)
+        address, before = page.url, unit(page)
+        server.kill()
+        page.wait_for_selector("#link[data-state=lost]")
+    with process("--state", str(tmp_path), port=int(url.rstrip("/").rsplit(":", 1)[1])):
+        page.wait_for_selector("#link[data-state=live]")
+        assert before - 12 <= unit(page)
+        assert page.url == address
+        assert page.input_value("#prompt") == OTHER
+        eventually(page, lambda: unit(page) > before + 4)
+        assert colour(page) == "blue"
         page.close()
 
 

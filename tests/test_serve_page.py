@@ -283,6 +283,21 @@ def test_on_a_phone(open_page: Open) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 14, 16)"
 
 
+def test_on_a_phone_held_sideways(open_page: Open) -> None:
+    """The video and the prompt are both there without scrolling, and stay there."""
+    page = open_page(**PHONE | {"viewport": {"width": 844, "height": 390}})
+    assert page.evaluate("document.documentElement.scrollWidth") == 844
+    for place in ("canvas.picture", "#prompt", "#composer .primary", "#seed", "#presets li:first-child"):
+        box = page.locator(place).bounding_box()
+        assert box
+        assert box["y"] >= 0, place
+        assert box["y"] + box["height"] <= 390, place
+    page.evaluate("scrollTo(0, 1e6)")
+    box = page.locator("canvas.picture").bounding_box()
+    assert box
+    assert 0 <= box["y"] <= 390 - box["height"], "the video scrolls away"
+
+
 def test_everything_has_a_name_for_those_who_do_not_see_it(open_page: Open) -> None:
     page = open_page()
     nameless = page.evaluate(

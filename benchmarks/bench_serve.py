@@ -159,11 +159,8 @@ def in_browser(way: str) -> dict[str, Any]:
     """Times in milliseconds that the page measures by itself."""
     from playwright.sync_api import sync_playwright
 
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        raise SystemExit("expected Chromium on this machine; apt-get install chromium")
     with served() as (client, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         script = "" if way == "WebRTC" else "delete window.RTCPeerConnection"
         opened = [_open(browser, client.url, script) for _ in range(OPENINGS)]
         context = browser.new_context()
@@ -178,6 +175,14 @@ def in_browser(way: str) -> dict[str, Any]:
         "from opening the page to first frame": _spread([whole for _, whole in opened]),
         "from prompt to pixel": _spread(changes),
     }
+
+
+def chromium() -> str:
+    """The system's."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        raise SystemExit("expected Chromium on this machine, got none; apt-get install chromium")
+    return found
 
 
 def _open(browser: Any, url: str, script: str) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import settings
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 GPU_RUNNER = os.environ.get("CFRT_GPU") == "1"
+RAY_RUNNER = os.environ.get("CFRT_RAY") == "1"
 
 settings.register_profile("cfrt", deadline=None, derandomize=CI, max_examples=50, print_blob=True)
 settings.load_profile("cfrt")
@@ -32,12 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A gpu test is skipped where there is no GPU, and fails there when the runner is said to have one."""
-    if item.get_closest_marker("gpu") is None or gpu_present():
-        return
-    if GPU_RUNNER:
-        pytest.fail("CFRT_GPU=1, but torch sees no CUDA device", pytrace=False)
-    pytest.skip("no GPU")
+    """What a runner does not have is skipped there, and fails when the runner is said to have it."""
+    if item.get_closest_marker("gpu") is not None and not gpu_present():
+        if GPU_RUNNER:
+            pytest.fail("CFRT_GPU=1, but torch sees no CUDA device", pytrace=False)
+        pytest.skip("no GPU")
+    if item.get_closest_marker("ray") is not None and find_spec("ray") is None:
+        if RAY_RUNNER:
+            pytest.fail("CFRT_RAY=1, but there is no Ray; pip install 'cfrt[ray]'", pytrace=False)
+        pytest.skip("no Ray; make test-ray")
 
 
 def gpu_present() -> bool:
@@ -52,7 +57,8 @@ def gpu_present() -> bool:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator:
     """In CI a test that runs on any machine is not skipped: a missing oracle is a failure."""
     report = yield
-    if CI and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+    lent = any(item.get_closest_marker(name) is not None for name in ("gpu", "ray"))
+    if CI and report.skipped and not hasattr(report, "wasxfail") and not lent:
         report.outcome, report.longrepr = "failed", f"skipped in CI: {call.excinfo and call.excinfo.value}"
     return report
 

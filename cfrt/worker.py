@@ -205,6 +205,8 @@ class Worker:
             ring=(held, geometry.capacity - 2 * geometry.unit),
             unit_duration=duration,
             dropped=self._playback.dropped,
+            stalls=self._playback.clock.stalls,
+            stalled=self._playback.clock.moved,
             journal_bytes=self._maker.journal.nbytes,
         )
 

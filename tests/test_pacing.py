@@ -26,6 +26,10 @@ def test_the_beat() -> None:
     assert clock.delay(2, 5.14) == pytest.approx(0.06)
     clock.tick(2, 8.0)  # a stall: the beat moves, nothing is made up for
     assert clock.delay(3, 8.0) == pytest.approx(0.1)
+    assert (clock.stalls, clock.moved) == (1, pytest.approx(2.8))
+    clock.tick(3, 8.14)  # two frames, each a little later than the one before: together they are a stall
+    clock.tick(4, 8.28)
+    assert (clock.stalls, clock.moved) == (2, pytest.approx(2.88))
     clock.reset()
     assert clock.delay(3, 9.0) == 0
 

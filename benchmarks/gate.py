@@ -12,11 +12,13 @@ that an idle machine has measured, of two generations of processors (results/gat
 Kinds: `speedup` (time of `peer` over time of `engine`, `bench_cpu`'s workloads), `attention` (one layer against
 PyTorch's fused attention), `sub_frame` (latency p95 x fps) and `real_time` (unit p95 / unit duration), the last two of
 the embedded student through `cfrt.Stream` at its own 16 fps. `engine` is native, or onnx on the student as a bundle,
-exported for the occasion.
+exported for the occasion. `gpu_attention` and `gpu_stream` (benchmarks/gpu_gate.py) run where there is a GPU; elsewhere
+a line says that they did not, and with CFRT_GPU=1 that is a failure.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +49,7 @@ class Gate:
     most: float | None = None
     size: str = ""
     tokens: int = 0
+    keys: int = 0
     precision: str = ""
     peer: str = "torch"
     engine: str = "native"
@@ -56,6 +59,10 @@ class Gate:
             raise ValueError(f"expected either least or most for the gate {self.name!r}")
         if self.kind not in KINDS:
             raise ValueError(f"expected the kind of {self.name!r} to be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.kind.startswith("gpu_")
 
     def passes(self, value: float | None) -> bool:
         if value is None:
@@ -216,12 +223,32 @@ def _stream(gates: Sequence[Gate]) -> dict[str, float]:
     return {gate.name: found[gate.kind] for gate in gates}
 
 
+def _gpu_attention(gates: Sequence[Gate]) -> dict[str, float]:
+    from . import gpu_gate
+
+    return gpu_gate.attention(gates)
+
+
+def _gpu_stream(gates: Sequence[Gate]) -> dict[str, float]:
+    from . import gpu_gate
+
+    return gpu_gate.stream(gates)
+
+
+def gpu_refusal() -> str | None:
+    from . import gpu_gate
+
+    return gpu_gate.refusal()
+
+
 MEASURES: dict[str, Callable[[Sequence[Gate]], dict[str, float]]] = {
     "speedup": _speedups,
     "attention": _attention,
     "stream": _stream,
+    "gpu_attention": _gpu_attention,
+    "gpu_stream": _gpu_stream,
 }
-KINDS = ("speedup", "attention", "sub_frame", "real_time")
+KINDS = ("speedup", "attention", "sub_frame", "real_time", "gpu_attention", "gpu_stream")
 
 
 # ------------------------------------------------------------------------------------------------------------ command
@@ -239,19 +266,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [gate for gate in gates if options.only in gate.name]
     if not chosen:
         parser.error(f"no gate's name holds {options.only!r}")
-    verdicts = judge(chosen, measure, repeats, read_history())
+    no_gpu = gpu_refusal() if any(gate.on_gpu for gate in chosen) else None
+    here = [gate for gate in chosen if no_gpu is None or not gate.on_gpu]
+    verdicts = judge(here, measure, repeats, read_history())
+    said = sys.stderr if options.json == "-" else sys.stdout
     for verdict in verdicts:
-        print(verdict, file=sys.stderr if options.json == "-" else sys.stdout)
+        print(verdict, file=said)
+    if no_gpu is not None:
+        print(f"not run: {len(chosen) - len(here)} gates that want a GPU: {no_gpu}", file=said)
     if options.json:
-        _write(verdicts, options.json)
+        _write(verdicts, no_gpu, options.json)
     if options.record:
         record(verdicts)
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+    missing = no_gpu is not None and os.environ.get("CFRT_GPU") == "1"
+    return 0 if all(verdict.passed for verdict in verdicts) and not missing else 1
 
 
-def _write(verdicts: Sequence[Verdict], where: str) -> None:
+def _write(verdicts: Sequence[Verdict], no_gpu: str | None, where: str) -> None:
     data = [asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
-    text = json.dumps(machine.header() | {"verdicts": data}, indent=1)
+    text = json.dumps(machine.header() | {"no_gpu": no_gpu, "verdicts": data}, indent=1)
     if where == "-":
         print(text)
     else:

@@ -100,13 +100,23 @@ def _sage() -> Callable[..., object]:
     return partial(sageattn, tensor_layout="NHD")
 
 
+def attention_calls(attention: Callable[..., object], queries: int, keys: int) -> list[Callable[[], object]]:
+    """On contiguous bf16 arrays [1, N, H, D] without padding."""
+    import torch
+
+    make = lambda n: torch.randn(1, n, HEADS, DIM, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    return [partial(attention, make(queries), make(keys), make(keys)) for _ in range(COPIES)]
+
+
+def fused_calls(queries: int, keys: int) -> list[Callable[[], object]]:
+    """PyTorch's fused attention, on a GPU."""
+    return attention_calls(_sdpa(), queries, keys)
+
+
 OTHERS = {"PyTorch SDPA bf16": _sdpa, "flash-attn bf16": _flash, "SageAttention": _sage}
 
 
 def other_timings(clock: Events, card: Card, repeats: int) -> Iterator[Timing]:
-    """On contiguous bf16 arrays [1, N, H, D] without padding."""
-    import torch
-
     for name, load in OTHERS.items():
         try:
             attention = load()
@@ -115,10 +125,8 @@ def other_timings(clock: Events, card: Card, repeats: int) -> Iterator[Timing]:
             continue
         most = peak(card.capability, card.processors, card.gigahertz, "bf16", "fp32") if "bf16" in name else None
         for queries, keys in SHAPES:
-            make = lambda n: torch.randn(1, n, HEADS, DIM, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-            calls = [partial(attention, make(queries), make(keys), make(keys)) for _ in range(COPIES)]
             try:
-                found = median(clock, calls, repeats)
+                found = median(clock, attention_calls(attention, queries, keys), repeats)
             except RuntimeError as error:
                 yield Timing(name, queries, keys, None, note=f"refuses: {error}")
                 continue

@@ -7,11 +7,12 @@ memory as they do between the layers of a model. A device's peak is what its ten
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
-from .exact import to_bf16
+from .exact import formula, from_bf16, to_bf16
 from .ring_stream import DeviceMemory
 
 HEADS, DIM, FRAME_TOKENS = 12, 128, 1560
@@ -45,9 +46,15 @@ class Timing:
 
 def median(clock: Clock, calls: Sequence[Call], repeats: int) -> float:
     """Of the calls in turn, after one round that is not counted."""
-    for call in calls:
+    return medians(clock, [calls], repeats)[0]
+
+
+def medians(clock: Clock, contenders: Sequence[Sequence[Call]], repeats: int) -> list[float]:
+    """Of several, which take turns."""
+    for call in (call for calls in contenders for call in calls):
         call()
-    return statistics.median(clock.milliseconds(calls[i % len(calls)]) for i in range(repeats))
+    times = [[clock.milliseconds(calls[i % len(calls)]) for calls in contenders] for i in range(repeats)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def peak(capability: int, processors: int, gigahertz: float, storage: str, accumulate: str) -> float | None:
@@ -79,7 +86,7 @@ def attention_timings(
                 yield Timing(name, queries, keys, None, note=refused)
                 continue
             calls = [
-                ring_call(cuda, memory, storage, accumulate, queries, keys, heads, frame_tokens, card.processors)
+                RingCall(cuda, memory, storage, accumulate, queries, keys, heads, frame_tokens, card.processors)
                 for _ in range(COPIES)
             ]
             found = median(clock, calls, repeats)
@@ -95,43 +102,54 @@ def rated(timing: Timing, heads: int, most: float | None) -> Timing:
     return Timing(timing.name, timing.queries, timing.keys, timing.milliseconds, tflops, share, timing.note)
 
 
-def ring_call(
-    cuda: Any, memory: DeviceMemory, storage: str, accumulate: str, queries: int, keys: int, heads: int,
-    frame_tokens: int, processors: int,
-) -> Call:  # fmt: skip
-    """An attention over whole frames of a ring, planned for the device."""
-    rng, int8 = np.random.default_rng(0), storage == "int8"
-    rows = 64 if int8 else 32
-    granules, frames = -(-frame_tokens // rows), keys // frame_tokens
-    pieces = [(i * granules, frame_tokens) for i in range(frames)]
-    splits, floats = cuda.plan(queries=queries, heads=heads, dim=DIM, pieces=pieces, processors=processors)
-    size = (frames * granules, heads, rows, DIM)
-
-    def numbers(*shape: int) -> np.ndarray:
-        if int8:
-            return rng.integers(-60, 60, shape, np.int8)  # as e4m3 they are finite too
-        return to_bf16(rng.standard_normal(shape, np.float32))
-
-    def scales(*shape: int) -> np.ndarray:
-        return np.full(shape, 1 / 60, np.float32)
-
-    q, k, v = (memory.put(numbers(*shape)) for shape in ((queries, heads, DIM), size, size))
-    out, scratch = memory.empty((queries, heads, DIM), np.uint16), memory.empty((max(floats, 1),), np.float32)
-    held = [q, k, v, out, scratch]
-    more = {}
+@lru_cache(1)  # for the copies, and both kinds of sums
+def ring_numbers(int8: bool, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
     if int8:
-        made = {"q_scale": scales(queries, heads), "k_scale": scales(*size[:2]), "v_scale": scales(heads, DIM)}
-        buffers = {name: memory.put(x) for name, x in made.items()}
-        more = {name: buffer.address for name, buffer in buffers.items()}
-        held += buffers.values()
-    arguments = {
-        "storage": storage, "q": q.address, "k": k.address, "v": v.address, "out": out.address,
-        "scratch": scratch.address, "q_stride": heads * DIM, "out_stride": heads * DIM, "queries": queries,
-        "heads": heads, "dim": DIM, "splits": splits, "pieces": pieces, "scale": DIM**-0.5, "accumulate": accumulate,
-        "stream": 0, **more,
-    }  # fmt: skip
+        return [rng.integers(-60, 60, shape, np.int8) for shape in shapes]  # as e4m3 they are finite too
+    return [to_bf16(rng.standard_normal(shape, np.float32)) for shape in shapes]
 
-    def call(held: object = held) -> None:
-        cuda.attention(**arguments)
 
-    return call
+class RingCall:
+    """An attention over whole frames of a ring, planned for the device."""
+
+    def __init__(
+        self, cuda: Any, memory: DeviceMemory, storage: str, accumulate: str, queries: int, keys: int,
+        heads: int = HEADS, frame_tokens: int = FRAME_TOKENS, processors: int = 1,
+    ) -> None:  # fmt: skip
+        int8 = storage == "int8"
+        rows = 64 if int8 else 32
+        granules, frames = -(-frame_tokens // rows), keys // frame_tokens
+        pieces = [(i * granules, frame_tokens) for i in range(frames)]
+        splits, floats = cuda.plan(queries=queries, heads=heads, dim=DIM, pieces=pieces, processors=processors)
+        size = (frames * granules, heads, rows, DIM)
+        self._cuda, self._shape, self._frames, self._tokens = cuda, (queries, heads, DIM), frames, frame_tokens
+        self._numbers = ring_numbers(int8, self._shape, size, size)
+        made = dict(zip("qkv", (memory.put(x) for x in self._numbers), strict=True))
+        made["out"] = memory.empty(self._shape, np.uint16)
+        made["scratch"] = memory.empty((max(floats, 1),), np.float32)
+        if int8:
+            scales = {"q_scale": (queries, heads), "k_scale": size[:2], "v_scale": (heads, DIM)}
+            made |= {name: memory.put(np.full(shape, 1 / 60, np.float32)) for name, shape in scales.items()}
+        self._made = made
+        self._arguments = {name: buffer.address for name, buffer in made.items()} | {
+            "storage": storage, "q_stride": heads * DIM, "out_stride": heads * DIM, "queries": queries, "heads": heads,
+            "dim": DIM, "splits": splits, "pieces": pieces, "scale": DIM**-0.5, "accumulate": accumulate, "stream": 0,
+        }  # fmt: skip
+
+    def __call__(self) -> None:
+        self._cuda.attention(**self._arguments)
+
+    def error(self, queries: int = 16) -> float:
+        """|out - exact| / |exact| of some queries of the last call, `exact` in fp64; for bf16."""
+        some = np.linspace(0, self._shape[0] - 1, queries).astype(int)
+        q, k, v = (from_bf16(x) for x in self._numbers)
+        exact = formula(q[some], self._rows(k), self._rows(v), q[some], 0)
+        out = from_bf16(self._made["out"].get()).reshape(self._shape)[some]
+        return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
+
+    def _rows(self, x: np.ndarray) -> np.ndarray:
+        """[granules, H, rows, D] of a ring -> [keys, H, D], the last granules' padding left out."""
+        _, heads, dim = self._shape
+        frames = x.reshape(self._frames, -1, heads, x.shape[2], dim).transpose(0, 1, 3, 2, 4)
+        return frames.reshape(self._frames, -1, heads, dim)[:, : self._tokens].reshape(-1, heads, dim)

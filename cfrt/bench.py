@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .stats import Timing
     from .stream import Stream
+    from .text import Text
 
 MEASURED, PREDICTED = "tiny", "wan-1.3b-framewise-2step"
 CHANGES = 4
@@ -94,8 +95,10 @@ def measure(
     device: str = "auto",
     precision: str = "auto",
     decoder: str | None = None,
+    text: "Text | None" = None,
 ) -> dict[str, Any]:
     """Streams at full speed and changes the prompt `CHANGES` times. Plain data, times in seconds; see docs/bench.md.
+    text: what reads the prompts, if not what belongs to the model.
 
     CfrtError where the stream cannot be made."""
     from . import students
@@ -105,7 +108,7 @@ def measure(
     if not seconds > 0:
         raise CfrtError(f"expected --seconds > 0, got {seconds:g}")
     prompts = _prompts(load_model(students.find(model))[0])
-    options = {"engine": engine, "device": device, "precision": precision, "decoder": decoder}
+    options = {"engine": engine, "device": device, "precision": precision, "decoder": decoder, "text": text}
     with Stream(prompts[0], model=model, fps="max", **options) as stream:  # type: ignore[arg-type]
         frames, wall = _run(stream, prompts, seconds)
         return _report(stream, frames, wall, decoder)
@@ -175,10 +178,10 @@ def percentiles(timing: "Timing") -> dict[str, float] | None:
 
 def machine() -> dict[str, Any]:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"platform": platform.platform(), "processor": _processor(), "cpus": cpus, "gpu": _nvidia("gpu", "name")}
+    return {"platform": platform.platform(), "processor": processor(), "cpus": cpus, "gpu": _nvidia("gpu", "name")}
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

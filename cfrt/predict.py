@@ -332,7 +332,10 @@ def _assumptions(config: ModelConfig, precision: str) -> Iterable[str]:
         f"dense products at {FAST_SHARE[precision]:g} of the {precision} peak (fast, assumed) and {calibrate():.2f} "
         "(slow: the least that a compiled stack leaves in the published measurements below)"
     )
-    yield "self-attention by the machine code of our kernels at 2.52 GHz, times the balance of the grid; not timed yet"
+    yield (
+        "self-attention by the machine code of our kernels at 2.52 GHz, times the balance of the grid; not timed on "
+        "that card yet"
+    )
     yield "attention to the text at 0.8 and 0.5 of the bf16 peak"
     yield f"memory at {MEMORY_SHARE} of the bandwidth, half of it hidden at the fast end"
     yield f"{KERNELS} kernels a layer in a CUDA graph, {fast:g}-{slow:g} us between them; the clock does not fall"

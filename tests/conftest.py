@@ -1,9 +1,11 @@
-"""What every test gets: a place it runs (cpu or gpu), one thread, its own random state, and no silent skip in CI."""
+"""What every test gets: a place it runs (cpu or gpu) and sees nothing beyond, one thread, its own random state, and no
+silent skip in CI."""
 
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,12 +47,36 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no Ray; make test-ray")
 
 
+@cache  # asked before anything is hidden
 def gpu_present() -> bool:
     try:
         import torch
     except ImportError:
         return False
     return torch.cuda.is_available()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator:
+    """A cpu test, with its fixtures of any scope, sees no GPU: it is the same test on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("cpu") and gpu_present():
+            hide_gpu(patch)
+        return (yield)
+
+
+def hide_gpu(patch: pytest.MonkeyPatch) -> None:
+    """From all that asks for one. CUDA itself, which this process has asked already, would go on showing it."""
+    import _cfrt
+
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # child processes
+    patch.setattr("torch.cuda.is_available", lambda: False)
+    patch.setattr("torch.cuda.device_count", lambda: 0)
+    patch.setattr(_cfrt.cuda, "refusal", lambda *_: "the driver shows no GPU (it is hidden from tests that need none)")
+    if find_spec("cuda") is not None:
+        from cuda.bindings import runtime
+
+        patch.setattr(runtime, "cudaGetDeviceCount", lambda: (runtime.cudaError_t.cudaErrorNoDevice, 0))
 
 
 @pytest.hookimpl(wrapper=True)

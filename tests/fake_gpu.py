@@ -23,6 +23,7 @@ import onnxruntime
 import pytest
 from ptxsim import Memory
 from simulated_cuda import simulated
+from trt_fixture import BUILDER
 
 from cfrt.bundle import OUT, Bundle
 from cfrt.engines import rtx, trt
@@ -141,6 +142,9 @@ class FakeGpu:
         patch.setattr("cuda.bindings.runtime", FakeRuntime(self))
         patch.setattr(rtx, "import_module", lambda name: fake_tensorrt(self))
         patch.setattr(rtx, "_logs", {})
+        module, version = BUILDER.split()
+        patch.setattr(trt, "find_spec", lambda name: name == module or None)
+        patch.setattr(trt, "metadata", SimpleNamespace(version=lambda distribution: version))
         with simulated(self.memory) as kernels:
             patch.setattr(trt, "cuda", Kernels(self, kernels))
             yield self

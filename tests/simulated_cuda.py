@@ -21,6 +21,7 @@ import pybind11
 from cuda_fixture import CSRC, compiled
 from ptxsim import Built, Device, Memory, Module, Options, Report, Runtime, compiler
 from ptxsim.memory import Buffer
+from ptxsim.runtime import linked
 
 import _cfrt
 
@@ -88,7 +89,7 @@ def _built() -> tuple[Path, tuple[Module, ...]]:
 
     def link(folder: Path) -> None:
         file = folder / f"{_NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        compiler.run(compiler.cxx(), "-shared", *flags, *sources, *objects, "-o", file)
+        linked(objects, file, *flags, *sources)
 
     key = [compiler.cxx(), *flags, *map(str, objects), *(p.read_bytes() for p in (*sources, *headers))]
     folder = compiler.cached(key, link)

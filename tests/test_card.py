@@ -36,7 +36,10 @@ def results() -> card.Results:
         "machine": card.machine(),
         "parameters": {"transformer and text": 2_345_678, "autoencoder": 1_500_000},
         "teacher": {"steps": 24, "guidance": 2.0},
-        "stages": {"autoencoder": {"steps": 10, "seconds": 45.0}, "dmd": {"steps": 2, "seconds": 7260.0}},
+        "stages": {
+            "autoencoder": {"steps": 10, "seconds": 45.0},
+            "dmd": {"steps": 2, "seconds": 7260.0, "where": "one GPU"},
+        },
         "evaluation_seconds": 300,
         "config": asdict(recipes.smoke()),
         "rows": evaluate.plain(rows),
@@ -55,8 +58,8 @@ def test_the_card_says_what_was_measured(results: card.Results) -> None:
     )
     assert "**student, 2 steps**" in body
     assert "AR teacher, 24 guided steps" in body
-    assert "| dmd | 2 | 2 h 01 min |" in body
-    assert "| **total** (data and evaluation not counted) | | **2 h 02 min** |" in body
+    assert "| dmd | 2 | 2 h 01 min | one GPU |" in body
+    assert "| **total** (data and evaluation not counted) | | **2 h 02 min** | |" in body
     for said in (results["machine"]["cpu"], torch.__version__, "Seed 1", "8 prompts", "25–30 s", "2.35 M"):
         assert said in body, said
 

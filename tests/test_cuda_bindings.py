@@ -1,10 +1,12 @@
 """`_cfrt.cuda`: calls whose arguments never change, as in a CUDA graph, stream right while a record does."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ptxsim import EVERY_SCHEDULE, Memory, Options
 from simulated_cuda import SimulatedMemory, simulated
 
@@ -98,13 +100,22 @@ def test_a_device_without_e4m3_is_refused_in_words() -> None:
         assert "compute capability 8.6" in str(cuda.refusal(0, "int8"))
 
 
-def test_without_a_driver_cuda_says_so() -> None:
-    """The installed module: no fake here."""
-    if torch.cuda.is_available():
-        pytest.skip("here is a GPU")
-    call = {"out": 0, "x": 0, "dtype": "float32", "frames": 1, "plane": 4, "gain": 1.0, "offset": 0.0, "stream": 0}
-    with pytest.raises(RuntimeError, match=r"CUDA refused to write pixels|built without CUDA"):
-        _cfrt.cuda.pixels(**call)
-    if _cfrt.build_info()["cuda"] is not None:
-        with pytest.raises(ValueError, match="float32, float16 or bfloat16, got int8"):
-            _cfrt.cuda.pixels(**call | {"dtype": "int8"})
+WRITE_PIXELS = """
+import sys, _cfrt
+try:
+    _cfrt.cuda.pixels(out=0, x=0, dtype=sys.argv[1], frames=1, plane=4, gain=1.0, offset=0.0, stream=0)
+except (RuntimeError, ValueError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [("float32", "CUDA refused to write pixels"), ("int8", "float32, float16 or bfloat16, got int8")],
+)
+def test_without_a_gpu_cuda_says_so(dtype: str, words: str) -> None:
+    """The installed module, no fake, in a process that sees no GPU."""
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", WRITE_PIXELS, dtype]
+    said = subprocess.run(command, env=hidden, capture_output=True, text=True).stdout
+    assert ("built without CUDA" if _cfrt.build_info()["cuda"] is None else words) in said

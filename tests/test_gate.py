@@ -89,8 +89,8 @@ def test_the_committed_gates_are_whole(gate: ModuleType) -> None:
     assert {g.kind for g in gates} == set(gate.KINDS)
     speedups = {(g.size, g.precision) for g in gates if g.kind == "speedup"}
     assert speedups >= {(size, precision) for size in ("student", "S") for precision in ("fp32", "bf16")}
-    assert all(g.least is None or g.least > 1 for g in gates), "slower than the peer is no gate"
-    assert all(g.most is None or g.most <= 1 for g in gates)
+    assert all(g.least > 1 for g in gates if g.least and not g.on_gpu), "slower than the peer is no gate"
+    assert all(g.most <= 1 for g in gates if g.most and not g.on_gpu)
 
 
 @pytest.mark.parametrize("change", [{"least": None}, {"most": 1.0}, {"kind": "speed"}])
@@ -99,11 +99,36 @@ def test_a_gate_that_makes_no_sense_is_refused(gate: ModuleType, change: dict[st
         gate.Gate(**(FASTER | change))
 
 
+def test_where_there_is_no_gpu_a_line_says_which_gates_did_not_run(
+    gate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And on a machine that is said to have one, that is a failure."""
+    asked: list[str] = []
+
+    def measure(gates: Sequence[object]) -> Mapping[str, float]:
+        asked.extend(g.kind for g in gates)  # type: ignore[attr-defined]
+        return {g.name: 100.0 if g.least else 0.0 for g in gates}  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(gate, "measure", measure)
+    monkeypatch.delenv("CFRT_GPU", raising=False)
+    monkeypatch.setattr(gate, "gpu_refusal", lambda: "there is no NVIDIA driver here")
+    assert gate.main(["--json", str(tmp_path / "verdicts.json")]) == 0
+    assert not any(kind.startswith("gpu_") for kind in asked)
+    assert "not run: 5 gates that want a GPU: there is no NVIDIA driver here" in capsys.readouterr().out
+    assert json.loads((tmp_path / "verdicts.json").read_text())["no_gpu"] == "there is no NVIDIA driver here"
+    monkeypatch.setenv("CFRT_GPU", "1")
+    assert gate.main([]) == 1
+    monkeypatch.setattr(gate, "gpu_refusal", lambda: None)
+    assert gate.main([]) == 0
+    assert {"gpu_attention", "gpu_stream"} <= set(asked)
+
+
 def test_the_command_fails_where_a_gate_does(
     gate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gates, _ = gate.load()
     good = {g.name: 2 * g.least if g.least is not None else g.most / 2 for g in gates}
+    monkeypatch.setattr(gate, "gpu_refusal", lambda: None)
     monkeypatch.setattr(gate, "measure", always(**good))
     assert gate.main([]) == 0
     monkeypatch.setattr(gate, "measure", always(**(good | {gates[0].name: 0.1})))

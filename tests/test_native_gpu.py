@@ -1,5 +1,7 @@
 """The CUDA kernels of `_cfrt` against their CPU twins. Runs where there is a GPU and a torch that sees it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,18 @@ def test_attention_goes_into_a_graph() -> None:
     q.copy_(torch.randn_like(q))
     graph.replay()
     assert (out == attention(q, k, v, backend="cuda")).all()
+
+
+def test_the_gates_of_a_gpu_measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Attention at a shape of the 1.3B model, where a wrong answer gives no ratio, and a small model's stream."""
+    from benchmarks import full_size_gpu, gate, gpu, gpu_gate
+
+    assert gpu_gate.refusal() is None
+    shapes = {"near": (1560, 14040), "chunk": (4680, 14040)}
+    found = gpu_gate.ratios(_cfrt.cuda, gpu.TorchMemory(), gpu.Events(), gpu.fused_calls, shapes, repeats=2)
+    assert set(found) == set(shapes)
+    monkeypatch.setenv("CFRT_CACHE", str(tmp_path))
+    monkeypatch.setattr(full_size_gpu, "MODEL", full_size_gpu.smoke(full_size_gpu.MODEL))
+    monkeypatch.setattr(gpu_gate, "SECONDS", 0.5)
+    (stream,) = (g for g in gate.load()[0] if g.kind == "gpu_stream")
+    assert gpu_gate.stream([stream])[stream.name] > 0

@@ -136,6 +136,36 @@ def test_outside_of_a_runtime_there_is_no_device(built: Built) -> None:
     assert library.unknown() == 101  # cudaErrorInvalidDevice
 
 
+FOREIGN = """
+int cudaGetDevice(int* device) { return 100; }
+int cudaLaunchKernel() { return 100; }
+int __cudaLaunchKernel() { return 100; }
+int cudaGetLastError() { return 100; }
+"""
+AFTER_IT = """
+import ctypes, sys
+from pathlib import Path
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+from ptxsim import Built, Memory
+from test_ptxsim_runtime import Runtime, turn
+built = Built(Path(sys.argv[2]), tuple(map(Path, sys.argv[3:])))
+with Runtime(built, Memory()) as run:
+    assert run.library.processors() == 128
+code, out, report = turn(built)
+assert (code, out[0], len(report.launches)) == (0, 68, 1), (code, out, report)
+"""
+
+
+def test_a_libcudart_that_is_there_already_is_not_called(built: Built, tmp_path: Path) -> None:
+    """PyTorch for CUDA makes its own visible to all that is loaded later, and a GPU would get the host's addresses."""
+    (tmp_path / "foreign.c").write_text(FOREIGN)
+    foreign = tmp_path / "libcudart.so"
+    compiler.run(compiler.cxx(), "-x", "c", "-shared", "-fPIC", tmp_path / "foreign.c", "-o", foreign)
+    command = [sys.executable, "-c", AFTER_IT, foreign, built.library, *built.ptx]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     compiler.tool.cache_clear()

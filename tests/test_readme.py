@@ -94,3 +94,11 @@ def test_attention_keeps_its_own_ceiling_in_an_int8_pass(roofline: ModuleType) -
     assert roofline.ceiling(rates, ("S", 64, 1), "bf16", 1.02) == 2.0
     mixed = roofline.ceiling(rates, ("S", 64, 1), "int8", 1.02)
     assert mixed == pytest.approx(1.02 / ((1.02 - 0.308) / 4 + 0.308 / 2), rel=1e-3)
+
+
+def test_the_page_on_speed_says_what_an_h200_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python tools/gpu_speed.py` would change nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    speed = importlib.import_module("gpu_speed")
+    text = speed.PAGE.read_text(encoding="utf-8")
+    assert speed.page(text) == text

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from cfrt.errors import TrainingError
 from training import claims, reproduce
-from training.laboratory import Cell
+from training.laboratory import Cell, Laboratory
 from training.reproduce import Arguments
 
 pytestmark = pytest.mark.cpu
@@ -70,6 +71,81 @@ def test_what_was_not_run_says_so(tmp_path: Path) -> None:
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| causal CD | not run | 50 / 50 | not run |" in page
     assert "| SF ODE collapses frame-wise (dynamic near 0 after DMD) | not run |" in page
+
+
+def test_rows_made_elsewhere_are_merged(tmp_path: Path) -> None:
+    results, rows = tmp_path / "results", tmp_path / "rows"
+    for folder in (results, rows):
+        folder.mkdir()
+    reproduce.keep(results / "reproduce.json", _row("sf-ode", 1, 0.2))
+    for row in (_row("sf-ode", 1, 0.4), _row("causal-cd", 1, 0.5, unit=3)):
+        (rows / f"{row['init']}.json").write_text(json.dumps(row))
+    page = tmp_path / "RESULTS.md"
+    reproduce.main(["--merge", str(rows), "--results", str(results), "--report", str(page)])
+    merged = json.loads((results / "reproduce.json").read_text())
+    assert [(row["init"], row["unit"], row["instruction"]) for row in merged] == [
+        ("sf-ode", 1, 0.4),
+        ("causal-cd", 3, 0.5),
+    ]
+    assert "| causal CD | 50.0 ± 4.0 |" in page.read_text().partition("(F = 3)")[2]
+
+
+def test_missing_cells_are_those_without_a_row(tmp_path: Path) -> None:
+    reproduce.keep(tmp_path / "reproduce.json", _row("sf-ode", 1, 0.2))
+    asked = Arguments(inits=("sf-ode",), seeds=(1, 2), dmd="before", missing=True, results=tmp_path)
+    assert [cell.name for cell in reproduce.cells(asked)] == ["sf-ode-2step-f1-seed2"]
+
+
+def test_processes_begin_a_student_with_as_many_cells_as_it_has_threads(tmp_path: Path) -> None:
+    """Clips first; then two cells of each student to be trained; then what needs none; then the rest."""
+    asked = Arguments(
+        smoke=True, out=tmp_path, inits=("causal-cd", "ar-diffusion", "sf-ode"), seeds=(1,), steps=(2, 4), threads=2
+    )
+    (tmp_path / "sf-ode-f1-seed1").mkdir()
+    (tmp_path / "sf-ode-f1-seed1" / "average.safetensors").touch()
+    order = reproduce.jobs(asked)
+    assert order[0] == (1, 0)
+    names = [cell.name for cell in order[1:] if isinstance(cell, Cell)]
+    assert names[:2] == ["causal-cd-2step-f1-seed1", "causal-cd-dmd-2step-f1-seed1"]
+    assert [name.startswith("causal-cd") for name in names] == [True] * 2 + [False] * 8 + [True] * 2
+
+
+def test_cost_is_told_by_machine() -> None:
+    rows = [_row("sf-ode", 1, 0.3), _row("sf-ode", 2, 0.3, on=["Xeon"], seconds=40.0)]
+    lines = [line for line in claims.cost(rows).splitlines() if line.startswith("| SF ODE")]
+    assert lines == ["| SF ODE | 1 | first run | 100 | – |", "| SF ODE | 1 | Xeon | 40 | – |"]
+
+
+def test_a_failed_cell_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(self: Laboratory, cell: Cell) -> dict[str, Any]:
+        if cell.init == "sf-ode":
+            raise TrainingError("the loss is nan")
+        return _row(cell.init, cell.seed, 0.5)
+
+    monkeypatch.setattr(Laboratory, "row", row)
+    monkeypatch.setattr(Laboratory, "__init__", lambda self, *_: None)
+    (tmp_path / "references.json").write_text("{}")
+    arguments = ["--inits", "sf-ode", "causal-cd", "--seeds", "1", "--dmd", "before", "--results", str(tmp_path)]
+    with pytest.raises(SystemExit, match="1 cells failed"):
+        reproduce.main([*arguments, "--report", str(tmp_path / "page.md"), "--out", str(tmp_path)])
+    assert [row["init"] for row in json.loads((tmp_path / "reproduce.json").read_text())] == ["causal-cd"]
+
+
+def test_processes_share_a_run(tmp_path: Path) -> None:
+    """Four cells of one student in two processes: it is trained once, and every cell gets its row."""
+    arguments = ["--smoke", "--out", str(tmp_path), "--seeds", "1", "--inits", "causal-cd", "--steps", "2", "4"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "references.json").write_text("{}")
+    reproduce.main([*arguments, "--processes", "2", "--threads", "2"])
+    rows = json.loads((tmp_path / "results" / "reproduce.json").read_text())
+    assert [(row["steps"], row["dmd"]) for row in rows] == [(2, False), (2, True), (4, False), (4, True)]
+    before = [row["seconds"] for row in rows if not row["dmd"]]
+    assert before[0] == before[1] > 0
+    assert all("threads: 2" in row["on"][-1] for row in rows)
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "causal-cd-f1-seed1" / "stats.jsonl").read_text().splitlines()
+    ]
+    assert steps == [3]
 
 
 def test_the_whole_of_it_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

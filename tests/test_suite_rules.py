@@ -74,6 +74,33 @@ def test_a_missing_ray_is_a_failure_on_a_runner_that_has_it(suite: Suite, enviro
     assert found == code, output
 
 
+WITH_A_GPU = """
+import os, torch, _cfrt
+from cfrt.engines import gpu
+torch.cuda.is_available = lambda: True
+
+@pytest.fixture(scope="module", autouse=True)
+def seen(): return torch.cuda.is_available()
+
+@pytest.mark.cpu
+def test_anywhere(seen):
+    assert not seen and not torch.cuda.is_available() and torch.cuda.device_count() == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert "is hidden" in _cfrt.cuda.refusal(0)
+    assert gpu.refusal() is not None
+
+@pytest.mark.gpu
+def test_there():
+    assert torch.cuda.is_available() and "is hidden" not in str(_cfrt.cuda.refusal(0))
+"""
+
+
+def test_a_cpu_test_sees_no_gpu(suite: Suite) -> None:
+    code, output = suite(WITH_A_GPU)
+    assert code == 0, output
+    assert "2 passed" in output
+
+
 def test_a_warning_is_an_error(suite: Suite) -> None:
     code, _ = suite("import warnings\n@pytest.mark.cpu\ndef test_loud(): warnings.warn('look')")
     assert code == 1

@@ -8,6 +8,7 @@ import torch
 from student_fixture import small_config, weights_of
 from umt5_fixture import save_umt5
 
+from benchmarks.full_size_video import randomise
 from cfrt.config import AutoencoderConfig, ModelConfig, TextConfig
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.taehv import TAEHV
@@ -37,7 +38,7 @@ def wan_weights(config: ModelConfig, *, taehv: bool = False) -> dict[str, np.nda
     torch.manual_seed(0)
     modules: dict[str, torch.nn.Module] = {"dit": CausalDiT(config), "autoencoder": WanVAE(config.autoencoder)}
     if taehv:
-        modules["taehv"] = TAEHV(replace(config.autoencoder, kind="taehv", widths=()))
+        modules["taehv"] = randomise(TAEHV(replace(config.autoencoder, kind="taehv", widths=())))
     return weights_of(modules)
 
 

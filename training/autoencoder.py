@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cfrt.config import AutoencoderConfig
 from cfrt.nn.autoencoder import Autoencoder
 from training import worlds
-from training.loop import Micro, Optimisers, Stats, Update, cosine
+from training.loop import Micro, Optimisers, Report, Update, cosine
 from training.optimisers import adam
 
 UNITS = 3  # a start and two further units: every case the decoder meets
@@ -54,7 +54,7 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, generator = self.config, micro.generator
         device = self.student.latent_mean.device
         video, weight = (x.to(device) for x in batch(config.batch, generator))
@@ -64,7 +64,7 @@ class Stage:
             decoded, _ = self.student.decode(latents)
         weight = 1 + (config.object_weight - 1) * weight
         loss, error = pixel_loss(decoded.float(), video, weight, config.motion_weight)
-        return loss, {"loss": loss.item(), "psnr": -10 * error.detach().square().mean().log10().item()}
+        return loss, {"loss": loss, "psnr": -10 * error.square().mean().log10()}
 
     def _standardise(self, raw: Tensor) -> Tensor:
         """Latents with the batch's own mean and deviation; the running ones are what `encode` will use."""

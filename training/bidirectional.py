@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet, Prompts
-from training.loop import Micro, Optimisers, Stats, Update, cosine
+from training.loop import Micro, Optimisers, Report, Update, cosine
 from training.network import Network, broadcast, guided, noise_like, unit_weights
 from training.optimisers import muon_and_adam
 
@@ -38,6 +38,7 @@ class Stage:
     """Flow matching with one noise level a clip: E |v(x_s, s) - (e - x0)|^2."""
 
     name = "bidirectional"
+    capturable = True
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
@@ -50,18 +51,19 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, generator = self.config, micro.generator
         batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
         batch = batch.to(self.student.device)
         x0 = batch.latents
-        s = flow.warp(torch.rand(len(x0), 1, generator=generator), config.shift or self.model.shift)
+        u = torch.rand(len(x0), 1, generator=generator, device=generator.device)
+        s = flow.warp(u, config.shift or self.model.shift)
         s = s.to(x0.device).expand(x0.shape[:2])
         eps = noise_like(x0, generator)
         v = self.student.bidirectional(flow.add_noise(x0, eps, broadcast(s)), s, batch)
         error = (v - flow.velocity(x0, eps)).square().mean((0, 2, 3, 4))
-        weights = unit_weights(x0.shape[1], self.model.unit, config.first_weight, config.early_weight)
-        return (error * weights.to(error.device)).mean(), {"loss": error.mean().item()}
+        weights = unit_weights(x0.shape[1], self.model.unit, config.first_weight, config.early_weight, error.device)
+        return (error * weights).mean(), {"loss": error.mean()}
 
 
 @torch.no_grad()

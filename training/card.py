@@ -7,12 +7,13 @@ the card that ships, the committed results and the README's table; no number is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +54,8 @@ README_LINES = ("colour", "shape", "direction", "all", "dynamic", "residual", "d
 
 
 def write(recipe: Recipe, out: Path, folder: Path) -> None:
-    """Measure the run in `out`; write OUT/results.json, OUT/sheets/*.png and FOLDER/card.md."""
+    """Measure the run in `out`; write OUT/results.json, OUT/rows (numbers and sheets of each column, which are not
+    measured twice) and FOLDER/card.md."""
     results = collect(recipe, out)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,12 +68,14 @@ def collect(recipe: Recipe, out: Path) -> Results:
 
     autoencoder, model = chain.shown(recipe, out), recipe.model
     teacher = chain.trained_network(recipe, out, "teacher_long").eval().requires_grad_(False)
-    samplers = {"teacher": sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)}
+    columns = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
+    sampler = sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)
+    columns["teacher"] = sources.generated(autoencoder, sampler)
     for stage in ("cd_long", "dmd"):
         student = chain.trained_network(recipe, out, stage).eval().requires_grad_(False)
-        samplers["student" if stage == recipe.ships else stage] = sources.student(student, model)
-    began = time.monotonic()
-    rows = evaluate.evaluate(samplers, autoencoder, model.text, recipe.evaluate, out / "sheets")
+        column = sources.generated(autoencoder, sources.student(student, model))
+        columns["student" if stage == recipe.ships else stage] = column
+    rows = {name: _measured(recipe, out, name, column) for name, column in columns.items()}
     return {
         "recipe": recipe.name,
         "date": time.strftime("%Y-%m-%d"),
@@ -83,10 +87,32 @@ def collect(recipe: Recipe, out: Path) -> Results:
         "teacher": {"steps": chain.TEACHER_STEPS, "guidance": chain.GUIDANCE},
         "stages": {name: spent(out / name / "stats.jsonl") for name in chain.STAGES},
         "notes": _notes(out / "notes.md"),
-        "evaluation_seconds": round(time.monotonic() - began),
+        "evaluation_seconds": round(sum(row["seconds"] for row in rows.values())),
         "config": json.loads(json.dumps(asdict(recipe))),
-        "rows": evaluate.plain(rows),
+        "rows": {name: row["numbers"] for name, row in rows.items()},
     }
+
+
+def _measured(recipe: Recipe, out: Path, name: str, source: sources.Source) -> dict[str, Any]:
+    """One column, {of, seconds, numbers}; read from OUT/rows where the same weights were measured the same way."""
+    stage = {"teacher": "teacher_long", "student": recipe.ships}.get(name, name)
+    files = [out / used / "average.safetensors" for used in ("autoencoder", "decoder", stage) if name != "real"]
+    of = _digest(repr((recipe.model, recipe.evaluate)), [path for path in files if path.exists()])
+    path = out / "rows" / f"{name}.json"
+    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["of"] == of:
+        return kept
+    began, tasks = time.monotonic(), recipe.evaluate.tasks(recipe.model.text)
+    numbers = evaluate.plain(evaluate.measure({name: source}, tasks, recipe.evaluate, path.with_suffix(""))[name])
+    row = {"of": of, "seconds": round(time.monotonic() - began), "numbers": numbers}
+    path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    return row
+
+
+def _digest(settings: str, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _notes(path: Path) -> list[str]:
@@ -112,10 +138,13 @@ def _cpu() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def spent(stats: Path) -> dict[str, float]:
-    """Steps and seconds of a stage, by the last line of its statistics."""
+def spent(stats: Path) -> dict[str, Any]:
+    """Steps and seconds of a stage, by the last line of its statistics, and where it ran if that was elsewhere: the
+    file where.txt beside them says so."""
     last = json.loads(stats.read_text(encoding="utf-8").splitlines()[-1])
-    return {"steps": last["step"], "seconds": last["seconds"]}
+    where = stats.with_name("where.txt")
+    elsewhere = {"where": where.read_text(encoding="utf-8").strip()} if where.exists() else {}
+    return {"steps": last["step"], "seconds": last["seconds"], **elsewhere}
 
 
 def titles_of(results: Results) -> dict[str, str]:
@@ -135,7 +164,7 @@ def card(results: Results) -> str:
     trained_seconds = (1 + 4 * (units - 1)) / model["fps"]
     sections = [
         front_matter(results),
-        f"# cfrt {results['recipe']}\n\n" + _opening(model),
+        f"# cfrt {model['name']}\n\n" + _opening(model),
         USE,
         "## Measured\n\n" + _preface(results) + "\n\n" + main_table(rows, titles, [line.key for line in LINES]),
         "What each line means:\n\n" + "\n".join(f"* *{line.title}*: {line.meaning}." for line in LINES),
@@ -169,7 +198,7 @@ pipeline_tag: text-to-video
 language: en
 tags: [video-generation, autoregressive, diffusion-distillation, streaming, causal-forcing]
 model-index:
-  - name: cfrt-{results["recipe"]}
+  - name: cfrt-{results["config"]["model"]["name"]}
     results:
       - task:
           type: text-to-video
@@ -207,13 +236,17 @@ def _preface(results: Results) -> str:
 def training(results: Results) -> str:
     """What the stages took, and where."""
     where, stages = results["machine"], results["stages"]
-    head = "| stage | steps | wall time |\n| --- | ---: | ---: |"
-    body = "\n".join(f"| {name} | {stage['steps']} | {clock(stage['seconds'])} |" for name, stage in stages.items())
+    head = "| stage | steps | wall time | on |\n| --- | ---: | ---: | --- |"
+    here = f"{where['cores']} cores"
+    body = "\n".join(
+        f"| {name} | {stage['steps']} | {clock(stage['seconds'])} | {stage.get('where', here)} |"
+        for name, stage in stages.items()
+    )
     total = clock(sum(stage["seconds"] for stage in stages.values()))
     weights = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in results["parameters"].items())
     return (
-        f"{head}\n{body}\n| **total** (data and evaluation not counted) | | **{total}** |\n"
-        f"| evaluation | | {clock(results['evaluation_seconds'])} |\n\n"
+        f"{head}\n{body}\n| **total** (data and evaluation not counted) | | **{total}** | |\n"
+        f"| evaluation | | {clock(results['evaluation_seconds'])} | {here} |\n\n"
         f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['precision']}, {where['system']}. "
         f"Parameters: {weights}. Seed {results['config']['seed']}. "
         f"`python -m training {results['recipe']}` trains it again."
@@ -257,10 +290,14 @@ def _limits(results: Results) -> str:
 def readme_section(results: Results) -> str:
     rows = results["rows"]
     where, settings = results["machine"], results["config"]["evaluate"]
-    took = clock(sum(stage["seconds"] for stage in results["stages"].values()))
+    spent = dict[str, float]()
+    for stage in results["stages"].values():
+        on = stage.get("where", f"{where['cores']} cores ({where['cpu']})")
+        spent[on] = spent.get(on, 0.0) + stage["seconds"]
+    took = " and ".join(f"{clock(seconds)} on {on}" for on, seconds in spent.items())
     note = (
         f"Measured {results['date']} on {settings['prompts']} held-out prompts by the exact reader, 95 % intervals in "
-        f"brackets; trained in {took} on {where['cores']} cores ({where['cpu']}). "
+        f"brackets; trained in {took}. "
         "All numbers and what they mean: [the card](cfrt/students/tiny/card.md)."
     )
     return main_table(rows, titles_of(results), README_LINES) + "\n\n" + note
@@ -299,7 +336,9 @@ def main() -> None:
     results = json.loads(source.read_text(encoding="utf-8"))
     if arguments.keep:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{results['recipe']}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / f"{results['config']['model']['name']}.json").write_text(
+            json.dumps(results, indent=1) + "\n", encoding="utf-8"
+        )
     if arguments.student is not None:
         (arguments.student / "card.md").write_text(card(results), encoding="utf-8")
     if arguments.readme is not None:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
-from training.loop import Micro, Optimisers, Stats, Update, cosine
+from training.loop import Micro, Optimisers, Report, Update, cosine
 from training.network import Network, broadcast, clone, frozen, guided, unit_weights
 from training.optimisers import adam
 
@@ -37,6 +37,11 @@ class Config:
     guidance: float = 4.0
     fade_in: float = 0.3
     """Share of the steps over which the derivative of v comes in."""
+    bound: float | None = None
+    """Largest root mean square of a unit's s (dv/dx . v_T + dv/ds). Where the jump does not change it is v_T - v, of
+    the order of 1; beyond that it is the time embedding's, which turns by a radian in 0.001 of s, and feeds itself."""
+    normalised: bool = True
+    """Whether g is; bounded, it need not be."""
     ema: float = 0.98
     first_weight: float = 3.0
     early_weight: float = 2.0
@@ -61,7 +66,7 @@ class Stage:
         self.fade = min(1.0, (index + 1) / max(1.0, config.fade_in * self.steps))
         yield Update("student", config.lr * cosine(index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
         batch = self.clips.batch(micro.index, config.batch)
         x0 = batch.latents
@@ -71,12 +76,20 @@ class Stage:
         x = flow.add_noise(x0, torch.randn(x0.shape, generator=generator), broadcast(s))
         v_teacher = guided(self.teacher.teacher_forced, x, s, batch, config.guidance)
         v, slope = along(self.student, x, s, batch, v_teacher)
-        g = v_teacher - v - self.fade * broadcast(s) * slope
-        size = g.unflatten(1, (-1, unit)).square().mean((2, 3, 4, 5)).sqrt().repeat_interleave(unit, 1)
-        goal = v + g / broadcast(size + SOFT)
+        bend = broadcast(s) * slope
+        if config.bound is not None:
+            bend = bend * broadcast((config.bound / _size(bend, unit)).clamp(max=1))
+        g = v_teacher - v - self.fade * bend
+        size = _size(g, unit)
+        goal = v + (g / broadcast(size + SOFT) if config.normalised else g)
         error = (self.student.teacher_forced(x, s, batch) - goal).square().mean((0, 2, 3, 4))
-        loss = (error * unit_weights(frames, unit, config.first_weight, config.early_weight)).mean()
-        return loss, {"loss": size.mean().item(), "slope": slope.abs().mean().item()}
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
+        return (error * weights).mean(), {"loss": size.mean(), "slope": slope.abs().mean()}
+
+
+def _size(x: Tensor, unit: int) -> Tensor:
+    """[B, n] root mean square of the unit that a frame belongs to."""
+    return x.unflatten(1, (-1, unit)).square().mean((2, 3, 4, 5)).sqrt().repeat_interleave(unit, 1)
 
 
 @torch.no_grad()

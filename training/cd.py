@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
+from cfrt.nn.constants import kept
 from training import rollout
 from training.data import Batch, DataSet
-from training.loop import SCHEDULES, Average, Micro, Optimisers, Schedule, Stats, Update
-from training.network import EARLY, Network, broadcast, clone, frozen, guided, noise_like, resampled, unit_weights
+from training.loop import SCHEDULES, Average, Micro, Optimisers, Report, Schedule, Update
+from training.network import Network, broadcast, by_age, clone, frozen, guided, noise_like, resampled, unit_weights
 from training.optimisers import adam
 
 
@@ -41,6 +42,7 @@ class Config:
     resampled: float = 0.0
     """Share of clips whose past is the target network's own guess of it (`network.resampled`)."""
     resampled_top: float = 0.75
+    resampled_jumps: int = 1
     own: float = 0.0
     """Share of clips that the target network plays itself, prompts alone given: consistency along the teacher's ODE
     needs no data, and these pasts are those of a stream."""
@@ -63,7 +65,11 @@ class Stage:
         self.average = Average(self.student, config.ema, warm=False, into=self.target)
         self.networks = {"student": self.student}
         self.frozen = {"teacher": self.teacher, "target": self.target}
-        self.grid = torch.tensor(flow.euler_grid(config.levels, model.shift))
+
+    @property
+    def capturable(self) -> bool:
+        """A rollout's kernels differ from unit to unit and are many."""
+        return self.config.own == 0
 
     def optimisers(self) -> dict[str, Optimisers]:
         return {"student": adam(self.student, self.config.lr, self.config.betas)}
@@ -71,27 +77,35 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
         batch = self._batch(micro)
         x0 = batch.latents
         frames = x0.shape[1]
-        level = torch.randint(config.levels, (len(x0), frames // unit), generator=generator).repeat_interleave(unit, 1)
-        s, s_next = self.grid[level].to(x0.device), self.grid[level + 1].to(x0.device)
+        grid = _grid(config.levels, self.model.shift, x0.device)
+        shape = (len(x0), frames // unit)
+        level = torch.randint(config.levels, shape, generator=generator, device=generator.device).to(x0.device)
+        level = level.repeat_interleave(unit, 1)
+        s, s_next = grid[level], grid[level + 1]
         x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
-        scale = self._guidance(batch)
-        past = resampled(self.target, batch, config.resampled, config.resampled_top, self.model.shift, generator)
+        scale = by_age(batch, config.guidance, config.guidance_later, unit)
+        past = resampled(
+            self.target,
+            batch,
+            config.resampled,
+            config.resampled_top,
+            self.model.shift,
+            generator,
+            config.resampled_jumps,
+        )
         with torch.no_grad():
             v = guided(self.teacher.teacher_forced, x, s, past, scale)
             x_next = flow.euler(x, v, broadcast(s), broadcast(s_next))
             goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, past), broadcast(s_next))
         jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, past), broadcast(s))
         error = (jump - goal).square().mean((0, 2, 3, 4))
-        weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
-        return (error * weights.to(error.device)).mean(), {
-            "loss": error.mean().item(),
-            "first": error[:unit].mean().item(),
-        }
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
+        return (error * weights).mean(), {"loss": error.mean(), "first": error[:unit].mean()}
 
     def _batch(self, micro: Micro) -> Batch:
         """Clips of the data, then those of the target network's own."""
@@ -111,12 +125,7 @@ class Stage:
             caption=torch.cat([data.caption, asked.caption]),
         )
 
-    def _guidance(self, batch: Batch) -> float | Tensor:
-        """The teacher's guidance of each frame, [B, n, 1, 1, 1], by how long ago its caption began."""
-        config, frames = self.config, batch.caption.shape[1]
-        if config.guidance_later is None:
-            return config.guidance
-        index = torch.arange(frames, device=batch.caption.device)
-        began = (frames - batch.caption.sum(1, keepdim=True)) * batch.caption  # a second caption rules to the end
-        fresh = index - began < EARLY * self.model.unit
-        return broadcast(torch.where(fresh, config.guidance, config.guidance_later))
+
+@kept(4)
+def _grid(levels: int, shift: float, device: torch.device) -> Tensor:
+    return torch.tensor(flow.euler_grid(levels, shift), device=device)

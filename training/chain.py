@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,20 @@ from cfrt.config import ModelConfig
 from cfrt.errors import WeightsError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import load_model, part, save_model
-from training import autoencoder, bidirectional, cd, data, decoder, dmd, loop, preview, rollout, teacher, worlds
+from training import (
+    autoencoder,
+    bidirectional,
+    cd,
+    data,
+    decoder,
+    dmd,
+    loop,
+    parallel,
+    preview,
+    rollout,
+    teacher,
+    worlds,
+)
 from training.loop import Average, Stage, step_generator
 from training.network import Network, load
 from training.recipes import Recipe
@@ -31,6 +44,8 @@ from training.shards import Shards, fingerprint
 
 TEACHERS = ("autoencoder", "bidirectional", "teacher", "score", "teacher_long")
 STAGES = ("autoencoder", "bidirectional", "teacher", "score", "cd", "decoder", "teacher_long", "cd_long", "dmd")
+BEGIN = {"bidirectional": "teacher"}
+"""Stages that only begin another: where that one is finished nobody needs their weights."""
 PIXELS = ("decoder",)
 """Stages that need a clip's pixels: left out where the clips are one's own and only their latents are kept."""
 
@@ -40,7 +55,8 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in STAGES[: STAGES.index(until) + 1]:
         folder = out / name
-        if finished(folder) or (recipe.shards is not None and name in PIXELS):
+        begun = name in BEGIN and finished(out / BEGIN[name])
+        if finished(folder) or begun or (recipe.shards is not None and name in PIXELS):
             continue
         torch.manual_seed(recipe.seed)
         build = {
@@ -88,30 +104,31 @@ def trained_network(recipe: Recipe, out: Path, stage: str) -> Network:
     return load(recipe.model, weights(out, stage))
 
 
-def release(recipe: Recipe, out: Path, folder: Path) -> None:
+def release(recipe: Recipe, out: Path, folder: Path, stages: Sequence[str] = TEACHERS) -> None:
     """Keep what the finished teachers have learnt, small enough to commit: averaged weights in fp16, and their
     statistics. Students are kept as bundles."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TEACHERS:
+    for name in stages:
         if finished(out / name):
-            halves = {key: value.half() for key, value in weights(out, name).items()}
-            loop.write_tensors(
-                folder / f"{name}.safetensors", halves, {"recipe": recipe.name, "seed": str(recipe.seed)}
-            )
+            if name not in BEGIN or not finished(out / BEGIN[name]):
+                halves = {key: value.half() for key, value in weights(out, name).items()}
+                about = {"recipe": recipe.name, "seed": str(recipe.seed)}
+                loop.write_tensors(folder / f"{name}.safetensors", halves, about)
             shutil.copyfile(out / name / "stats.jsonl", folder / f"{name}.jsonl")
 
 
 def adopt(folder: Path, out: Path) -> None:
     """Begin a run with the stages that `folder` (made by `release`) holds; a stage that the run has is left alone."""
-    found = [name for name in TEACHERS if (folder / f"{name}.safetensors").exists()]
+    found = sorted(path.stem for path in folder.glob("*.jsonl"))
     if not found:
-        raise WeightsError(f"expected released stages ({', '.join(TEACHERS)}) as .safetensors in {folder}, found none")
+        raise WeightsError(f"expected released stages ({', '.join(TEACHERS)}) in {folder}, found none")
     for name in found:
         if not (out / name).exists():
             (out / name).mkdir(parents=True)
-            full = {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()}
             shutil.copyfile(folder / f"{name}.jsonl", out / name / "stats.jsonl")
-            loop.write_tensors(out / name / "average.safetensors", full)
+            if (folder / f"{name}.safetensors").exists():
+                full = {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()}
+                loop.write_tensors(out / name / "average.safetensors", full)
 
 
 def borrow(model: str, out: Path) -> None:
@@ -134,8 +151,9 @@ def _clips(recipe: Recipe, out: Path, *, long: bool = False) -> data.DataSet:
     if recipe.shards is not None:
         return _own(recipe, out, recipe.shards)
     folder, config = (out / "data-long", recipe.long) if long else (out / "data", recipe.data)
-    data.write(folder, config, trained_autoencoder(recipe, out), recipe.seed)
-    return data.Clips(folder, config, recipe.seed)
+    device = parallel.device(recipe.run.device)
+    data.write(folder, config, trained_autoencoder(recipe, out).to(device), recipe.seed)
+    return data.Clips(folder, config, recipe.seed, device)
 
 
 def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
@@ -150,9 +168,11 @@ def _own(recipe: Recipe, out: Path, folder: str) -> Shards:
     return clips
 
 
-def _prompts(recipe: Recipe, out: Path) -> dmd.Draw:
+def _prompts(recipe: Recipe, out: Path, *, long: bool = False) -> dmd.Draw:
     """What rollouts are asked to play."""
-    return partial(data.prompts, config=recipe.data) if recipe.shards is None else _clips(recipe, out).prompts
+    if recipe.shards is not None:
+        return _clips(recipe, out).prompts
+    return partial(data.prompts, config=recipe.long if long else recipe.data)
 
 
 def _averaged(stage: Stage, decay: float) -> tuple[Stage, Average]:
@@ -198,8 +218,9 @@ def _cd_long(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    student, score = trained_network(recipe, out, "cd_long"), trained_network(recipe, out, "score")
-    prompts = _prompts(recipe, out)
+    causal = recipe.dmd.scores == "causal"
+    score = trained_network(recipe, out, "teacher_long" if causal else "score")
+    student, prompts = trained_network(recipe, out, "cd_long"), _prompts(recipe, out, long=causal)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
 

@@ -9,6 +9,7 @@ where it has no switch)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -62,7 +63,7 @@ class Prompts:
 
     def drop(self, chance: float, generator: torch.Generator) -> Self:
         """Replace whole captions by the unconditional prompt, so that guidance has an unconditional branch."""
-        keep = torch.rand(len(self), generator=generator) >= chance
+        keep = torch.rand(len(self), generator=generator, device=generator.device).to(self.captions.device) >= chance
         kept = keep.view(-1, *[1] * (self.captions.dim() - 1))
         return replace(self, captions=torch.where(kept, self.captions, self.to_null().captions))
 
@@ -157,6 +158,7 @@ def play(plan: Script, units: int, generator: torch.Generator) -> worlds.Scene:
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, video: Tensor, chunk: int = 8) -> Tensor:
     """Latents of a batch of clips, a few at a time (a convolution over hundreds of units falls out of the cache)."""
+    chunk *= 16 if video.is_cuda else 1
     return torch.cat([autoencoder.encode(video[first : first + chunk]) for first in range(0, len(video), chunk)])
 
 
@@ -177,9 +179,9 @@ def write_shard(
         return path
     generator = step_generator(seed, number)
     plan = script(clips, config, generator)
-    scene = play(plan, config.units, generator)
+    scene = play(plan, config.units, generator).to(autoencoder.latent_mean.device)
     latents = encode(autoencoder, worlds.render(scene))
-    tensors = {"latents": latents.half(), "captions": plan.captions, "caption": plan.caption(config.units)}
+    tensors = {"latents": latents.half().cpu(), "captions": plan.captions, "caption": plan.caption(config.units)}
     write_tensors(path, tensors)
     return path
 
@@ -195,30 +197,30 @@ def write(folder: Path, config: Config, autoencoder: Autoencoder, seed: int) -> 
 class Clips:
     """The data set in memory; `batch(index)` is a function of the step alone, so that training resumes exactly."""
 
-    def __init__(self, folder: Path, config: Config, seed: int) -> None:
+    def __init__(self, folder: Path, config: Config, seed: int, device: torch.device | None = None) -> None:
+        """`device`: where the clips are kept and batches are made (8 KB a clip of 16 units); default the CPU."""
         shards = [load_file(folder / f"{number:04d}.safetensors") for number in range(-(-config.clips // SHARD))]
         self.latents, self.captions, self.caption = (
-            torch.cat([shard[name] for shard in shards]) for name in ("latents", "captions", "caption")
+            torch.cat([shard[name] for shard in shards]).to(device) for name in ("latents", "captions", "caption")
         )
         self.config, self.seed = config, seed
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._permutation = lru_cache(4)(self._permuted)
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def batch(self, index: int, size: int) -> Batch:
         """Batch `index` of an endless walk through permutations of the data set, one permutation an epoch."""
-        positions = torch.arange(index * size, (index + 1) * size)
-        picks = torch.tensor([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
+        place, end, parts = index * size, (index + 1) * size, list[Tensor]()
+        while place < end:
+            epoch, first = divmod(place, len(self))
+            parts.append(self._permutation(epoch)[first : first + end - place])
+            place += len(parts[-1])
+        picks = torch.cat(parts).to(self.latents.device, non_blocking=True)
         return Batch(latents=self.latents[picks].float(), captions=self.captions[picks], caption=self.caption[picks])
 
     def prompts(self, size: int, generator: torch.Generator) -> Prompts:
         return prompts(size, generator, self.config)
 
-    def _permutation(self, epoch: int) -> Tensor:
-        if self._order[0] != epoch:
-            self._order = (
-                epoch,
-                torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1000 + epoch)),
-            )
-        return self._order[1]
+    def _permuted(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1000 + epoch))

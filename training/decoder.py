@@ -18,7 +18,7 @@ from cfrt.config import ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from training import autoencoder, data, worlds
 from training.data import Batch
-from training.loop import Micro, Optimisers, Stats, Update, cosine
+from training.loop import Micro, Optimisers, Report, Update, cosine
 from training.network import Network, frozen, resampled
 from training.optimisers import adam
 
@@ -61,7 +61,7 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * cosine(index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, generator = self.config, micro.generator
         device = self.student.latent_mean.device
         plan = data.script(config.batch, self.clips, generator)
@@ -76,4 +76,4 @@ class Stage:
             decoded, _ = self.student.decode(latents)
         weight = 1 + (config.object_weight - 1) * autoencoder.around(scene).to(device)
         loss, error = autoencoder.pixel_loss(decoded.float(), video, weight, config.motion_weight)
-        return loss, {"loss": loss.item(), "psnr": -10 * error.detach().square().mean().log10().item()}
+        return loss, {"loss": loss, "psnr": -10 * error.square().mean().log10()}

@@ -33,11 +33,10 @@ from tqdm.auto import tqdm
 from cfrt import students
 from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import CfrtError, ConfigError
-from cfrt.nn.autoencoder import Autoencoder
 from training import metrics, preview, sources, table, worlds
 from training.metrics import Estimate
 from training.reader import Reading, read
-from training.sources import Sampler, Source, Task, Tokenizer
+from training.sources import Source, Task, Tokenizer
 
 EXAMPLES = 6  # clips of each task that go on the contact sheet
 TRUE_FUTURES = 256  # simulated for each past
@@ -74,19 +73,6 @@ class Config:
             "futures": sources.future_task(tokenizer, self.pasts, self.futures, past, future, seed + 2),
             "long": sources.start_task(tokenizer, self.long, self.long_units, seed + 3),
         }
-
-
-def evaluate(
-    samplers: Mapping[str, Sampler],
-    autoencoder: Autoencoder,
-    text: TextConfig,
-    config: Config,
-    folder: Path | None = None,
-) -> dict[str, Row]:
-    """One row of numbers for real clips, one for their reconstructions, one for each sampler. Sheets go to `folder`."""
-    rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
-    rows |= {name: sources.generated(autoencoder, sampler) for name, sampler in samplers.items()}
-    return measure(rows, config.tasks(text), config, folder)
 
 
 @torch.no_grad()

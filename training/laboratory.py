@@ -1,13 +1,16 @@
 """Where cells of the paper's table are trained and measured: one folder with the teachers, the data and the pairs that
 they share, and a folder for each student.
 
-Everything in it is made once; a laboratory that was stopped goes on where it was."""
+Everything in it is made once; a laboratory that was stopped goes on where it was. Processes may share one: what one of
+them is making the others wait for."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -15,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cfrt.bench import processor
 from cfrt.config import ModelConfig
 from training import ccm, cd, chain, data, dmd, evaluate, loop, ode, recipes, sources, teacher, worlds
 from training.data import Batch
@@ -29,9 +34,10 @@ INITS: tuple[Init, ...] = get_args(Init)
 STEP_LISTS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 """u before the warp; fewer than four get the four for their first unit (the published lists)."""
 RELEASED = tuple(Path(__file__).parent / "weights" / name for name in ("reproduce", "tiny"))
-"""In the checkout: the AR teacher of the committed rows, and what else they share with the embedded student."""
+"""In the checkout: the AR teachers of the committed rows, and what else they share with the embedded student."""
 
 Row = dict[str, Any]
+Built = tuple[loop.Stage, Average]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.init}-{'dmd-' if self.dmd else ''}{self.steps}step-f{self.unit}-seed{self.seed}"
 
+    @property
+    def stage2(self) -> str:
+        """The student that it begins with, which other cells share."""
+        return f"{self.init}-f{self.unit}-seed{self.seed}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -58,11 +69,16 @@ class Config:
     cd: cd.Config = field(default_factory=lambda: cd.Config(steps=600, levels=24))
     ccm: ccm.Config = field(default_factory=lambda: ccm.Config(steps=600))
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=60))
-    teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=2500))
+    teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=1600))
     """AR teachers of units other than the released one's, trained from it."""
     evaluate: evaluate.Config = field(default_factory=lambda: evaluate.Config(prompts=192, pasts=24, long=16))
     flow_clips: int = 128
     """Held-out trajectories on which the flow map is measured."""
+
+    @property
+    def shards(self) -> int:
+        """Files of clips."""
+        return -(-self.clips // data.SHARD)
 
 
 SMOKE = Config(
@@ -80,13 +96,15 @@ SMOKE = Config(
 class Laboratory:
     """Everything that cells share, made once and kept in a folder."""
 
-    def __init__(self, folder: Path, config: Config, recipe: recipes.Recipe) -> None:
-        self.folder, self.config, self.recipe = folder, config, recipe
+    def __init__(self, folder: Path, config: Config, recipe: recipes.Recipe, threads: int | None = None) -> None:
+        """`threads`: of stage 2; processes that wait for a student lend it their cores so. None = as anything else."""
+        self.folder, self.config, self.recipe, self.threads = folder, config, recipe, threads
         self.chain = folder / "teachers"
-        for folder in RELEASED if recipe.name == "tiny" else ():
-            if folder.is_dir():
-                chain.adopt(folder, self.chain)
-        chain.train(recipe, self.chain, until="score")
+        with alone(self.chain):
+            for folder in RELEASED if recipe.name == "tiny" else ():
+                if folder.is_dir():
+                    chain.adopt(folder, self.chain)
+            chain.train(recipe, self.chain, until="score")
 
     @cached_property
     def score(self) -> Network:
@@ -104,9 +122,19 @@ class Laboratory:
         return replace(self.recipe.data, clips=self.config.clips, units=units, unit=unit)
 
     def clips(self, unit: int) -> data.Clips:
-        script, folder = self.script(unit), self.folder / f"data-f{unit}"
-        data.write(folder, script, chain.trained_autoencoder(self.recipe, self.chain), self.recipe.seed)
-        return data.Clips(folder, script, self.recipe.seed)
+        for number in range(self.config.shards):
+            self.shard(unit, number)
+        return data.Clips(self._data(unit), self.script(unit), self.recipe.seed)
+
+    def shard(self, unit: int, number: int) -> None:
+        """Make one shard of the clips, if it is not there."""
+        size = min(data.SHARD, self.config.clips - number * data.SHARD)
+        with alone(self._data(unit) / f"{number:04d}"):
+            autoencoder = chain.trained_autoencoder(self.recipe, self.chain)
+            data.write_shard(self._data(unit), number, self.script(unit), autoencoder, self.recipe.seed, size)
+
+    def _data(self, unit: int) -> Path:
+        return self.folder / f"data-f{unit}"
 
     def teacher(self, unit: int) -> Network:
         """The AR teacher; of another unit than the released one, trained from that."""
@@ -114,8 +142,12 @@ class Laboratory:
         if unit == self.recipe.model.unit:
             return released
         model = self.model(unit, 4)
-        stage = teacher.Stage(self.config.teacher, model, self.clips(unit), clone(released, model))
-        return self._trained(f"teacher-f{unit}", stage, Average(stage.student, self.config.teacher.ema), model)
+
+        def build() -> Built:
+            stage = teacher.Stage(self.config.teacher, model, self.clips(unit), clone(released, model))
+            return stage, Average(stage.student, self.config.teacher.ema)
+
+        return self._trained(f"teachers/teacher_f{unit}", build, model)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -125,30 +157,40 @@ class Laboratory:
         start = self.initialised(cell)
         if not cell.dmd:
             return start
-        stage = dmd.Stage(
-            self.config.dmd, model, partial(data.prompts, config=self.script(cell.unit)), start, self.score
-        )
-        return self._trained(cell.name, stage, Average(start, self.config.dmd.ema), model, cell.seed)
+
+        def build() -> Built:
+            prompts = partial(data.prompts, config=self.script(cell.unit))
+            return dmd.Stage(self.config.dmd, model, prompts, start, self.score), Average(start, self.config.dmd.ema)
+
+        return self._trained(cell.name, build, model, cell.seed)
 
     def initialised(self, cell: Cell) -> Network:
         """Stage 2, which knows nothing of the number of steps."""
-        model, clips = self.model(cell.unit, 4), self.clips(cell.unit)
-        start, name = self.teacher(cell.unit), f"{cell.init}-f{cell.unit}-seed{cell.seed}"
         if cell.init == "ar-diffusion":
-            return start
-        if cell.init == "causal-cd":
-            stage = cd.Stage(replace(self.config.cd, guidance=self.config.guidance), model, clips, start)
-            return self._trained(name, stage, stage.average, model, cell.seed)
-        if cell.init == "causal-ccm":
-            continuous = ccm.Stage(replace(self.config.ccm, guidance=self.config.guidance), model, clips, start)
-            average = Average(continuous.student, self.config.ccm.ema)
-            return self._trained(name, continuous, average, model, cell.seed)
+            return self.teacher(cell.unit)
+        builders = {"causal-cd": self._consistency, "causal-ccm": self._continuous}
+        build = partial(builders.get(cell.init, self._regression), cell)
+        with threads(self.threads):
+            return self._trained(cell.stage2, build, self.model(cell.unit, 4), cell.seed)
+
+    def _consistency(self, cell: Cell) -> Built:
+        config, model = replace(self.config.cd, guidance=self.config.guidance), self.model(cell.unit, 4)
+        stage = cd.Stage(config, model, self.clips(cell.unit), self.teacher(cell.unit))
+        return stage, stage.average
+
+    def _continuous(self, cell: Cell) -> Built:
+        config, model = replace(self.config.ccm, guidance=self.config.guidance), self.model(cell.unit, 4)
+        stage = ccm.Stage(config, model, self.clips(cell.unit), self.teacher(cell.unit))
+        return stage, Average(stage.student, config.ema)
+
+    def _regression(self, cell: Cell) -> Built:
         config, make = self._ode(cell.init, cell.unit)
-        folder = self.folder / name / "pairs"
-        with self._timed(self.folder / name):
+        model, clips = self.model(cell.unit, 4), self.clips(cell.unit)
+        folder = self.folder / cell.stage2 / "pairs"
+        with self._timed(self.folder / cell.stage2):
             ode.write(folder, config, clips, make, cell.seed)
-        regression = ode.Stage(config, model, ode.read(folder, config), clone(start, model))
-        return self._trained(name, regression, Average(regression.student, config.ema), model, cell.seed)
+        stage = ode.Stage(config, model, ode.read(folder, config), clone(self.teacher(cell.unit), model))
+        return stage, Average(stage.student, config.ema)
 
     def _ode(self, init: Init, unit: int) -> tuple[ode.Config, ode.Maker]:
         config, model = replace(self.config.ode, guidance=self.config.guidance), self.model(unit, 4)
@@ -157,11 +199,13 @@ class Laboratory:
             return config, partial(ode.bidirectional_pairs, self.score, model, config)
         return config, partial(ode.causal_pairs, self.teacher(unit), model, config)
 
-    def _trained(self, name: str, stage: loop.Stage, average: Average, model: ModelConfig, seed: int = 0) -> Network:
+    def _trained(self, name: str, build: Callable[[], Built], model: ModelConfig, seed: int = 0) -> Network:
         folder = self.folder / name
-        if not chain.finished(folder):
-            with self._timed(folder):
-                loop.run(stage, folder, seed=1000 * seed + 7, average=average)
+        with alone(folder):
+            if not chain.finished(folder):
+                stage, average = build()
+                with self._timed(folder):
+                    loop.run(stage, folder, seed=1000 * seed + 7, average=average)
         return load(model, chain.weights(self.folder, name))
 
     # ----------------------------------------------------------------------------------------------------- measuring
@@ -180,9 +224,8 @@ class Laboratory:
         del tasks["switch"]
         measured = evaluate.plain(evaluate.measure({"student": source}, tasks, config, self.folder / cell.name))
         row = {**asdict(cell), **_numbers(measured["student"]), **self.flow_map(cell, network)}
-        row |= {"clips": config.prompts, "seconds": round(self.seconds(cell), 1)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row, indent=1) + "\n")
+        row |= {"clips": config.prompts, **self.cost(cell)}
+        write_json(path, row)
         return row
 
     def references(self) -> dict[str, Row]:
@@ -220,9 +263,7 @@ class Laboratory:
 
         `flow_map` = Var(jump) / Var(end) on the first unit: 1 where the teacher's map is a function of what the student
         sees, less where it learnt a mean. `flow_lost` = E|jump - end|^2 / Var(end) for each unit."""
-        init: Init = "sf-ode" if cell.init == "sf-ode" else "causal-ode"
-        config, make = self._ode(init, cell.unit)
-        pairs = make(self._unseen(cell.unit), step_generator(99, cell.unit))
+        config, pairs = self._unseen_pairs("sf-ode" if cell.init == "sf-ode" else "causal-ode", cell.unit)
         stage = ode.Stage(config, self.model(cell.unit, 4), pairs, network)
         jump = stage.jump(pairs.states[:, 0], torch.ones(pairs.caption.shape), Batch.of(pairs.clean, pairs))
         spread, end, lost = _variance(jump, cell.unit), _variance(pairs.end, cell.unit), (jump - pairs.end).square()
@@ -232,8 +273,16 @@ class Laboratory:
             "flow_lost": [round(value, 4) for value in missing.tolist()],
         }
 
+    def _unseen_pairs(self, init: Init, unit: int) -> tuple[ode.Config, ode.Pairs]:
+        """Trajectories on clips that no training saw."""
+        config, make = self._ode(init, unit)
+        path = self.folder / f"unseen-{init}-f{unit}.safetensors"
+        with alone(path):
+            if not path.exists():
+                loop.write_tensors(path, make(self._unseen(unit), step_generator(99, unit)).tensors())
+        return config, ode.Pairs(**load_file(path))
+
     def _unseen(self, unit: int) -> Batch:
-        """Clips of the world that no training saw."""
         script, generator = self.script(unit), step_generator(98, unit)
         plan = data.script(self.config.flow_clips, script, generator)
         video = worlds.render(data.play(plan, script.units, generator))
@@ -244,21 +293,57 @@ class Laboratory:
 
     @contextmanager
     def _timed(self, folder: Path) -> Iterator[None]:
-        """Add the processor seconds of what is inside to those that the folder has cost."""
+        """Add the processor seconds of what is inside to those that the folder has cost, and on what."""
         before, began = self._spent(folder), time.process_time()
         yield
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "seconds.json").write_text(json.dumps(before + time.process_time() - began) + "\n")
+        seconds = before["seconds"] + time.process_time() - began
+        write_json(folder / "cost.json", {"seconds": seconds, "on": sorted({*before["on"], place()})})
 
     @staticmethod
-    def _spent(folder: Path) -> float:
-        path = folder / "seconds.json"
-        return float(json.loads(path.read_text())) if path.exists() else 0.0
+    def _spent(folder: Path) -> Row:
+        path = folder / "cost.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {"seconds": 0.0, "on": []}
 
-    def seconds(self, cell: Cell) -> float:
-        """Processor seconds of training: stage 2, and DMD where the cell has it. Teachers are shared and left out."""
-        stage2 = self._spent(self.folder / f"{cell.init}-f{cell.unit}-seed{cell.seed}")
-        return stage2 + (self._spent(self.folder / cell.name) if cell.dmd else 0.0)
+    def cost(self, cell: Cell) -> Row:
+        """`seconds` of processor time of training (stage 2, and DMD where the cell has it; teachers are shared and left
+        out), and `on` what."""
+        folders = [cell.stage2, cell.name] if cell.dmd else [cell.stage2]
+        spent = [self._spent(self.folder / name) for name in folders]
+        on = sorted({where for part in spent for where in part["on"]})
+        return {"seconds": round(sum(part["seconds"] for part in spent), 1), "on": on}
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time makes what belongs there. The others wait, and then find it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch for what is inside; None = as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def place() -> str:
+    """What computes here."""
+    return f"{processor()}, torch {torch.__version__}, threads: {torch.get_num_threads()}"
+
+
+def write_json(path: Path, value: Row) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(draft, path)
 
 
 def _variance(x: Tensor, unit: int) -> Tensor:

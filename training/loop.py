@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -27,8 +27,11 @@ from tqdm.auto import tqdm
 from cfrt.errors import TrainingError
 from cfrt.nn.dit import CausalDiT
 from training import checkpoint, logs, parallel
+from training.capture import Capturable, Captured
 
 Stats = dict[str, float]
+Report = Mapping[str, Tensor | float]
+"""What a loss says of itself, for the statistics: numbers, or tensors of one that nothing has waited for yet."""
 Optimisers = Mapping[str, torch.optim.Optimizer]
 
 
@@ -46,6 +49,9 @@ class Config:
     checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    capture: bool = True
+    """On a GPU, launch a step as one CUDA graph where the stage allows it (`training.capture`) and this process takes
+    all of it in one micro-batch."""
     log_every: int = 25
     """Steps averaged into one row of statistics."""
     log: tuple[logs.Name, ...] = ()
@@ -75,7 +81,7 @@ class Micro:
     that share a network must agree on it."""
 
 
-Loss = Callable[[Micro], tuple[Tensor, Stats]]
+Loss = Callable[[Micro], tuple[Tensor, Report]]
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,14 @@ def micro_batch(seed: int, step: int, index: int) -> Micro:
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-def take(stage: Stage, optimisers: Mapping[str, Optimisers], index: int, seed: int, config: Config = DEFAULT) -> Stats:
+def take(
+    stage: Stage,
+    optimisers: Mapping[str, Optimisers],
+    index: int,
+    seed: int,
+    config: Config = DEFAULT,
+    captured: Captured | None = None,
+) -> Stats:
     """Step `index`: all its updates, on the same micro-batches, of which this process takes its share."""
     numbers = [index * config.micros + own for own in parallel.share(config.micros)]
     micros = [micro_batch(seed, index, number) for number in numbers]
@@ -183,14 +196,15 @@ def take(stage: Stage, optimisers: Mapping[str, Optimisers], index: int, seed: i
     for position, update in enumerate(stage.step(index)):
         network, own = stage.networks[update.network], optimisers[update.network]
         where = f"{stage.name}: step {index}, update {position} of it ({update.network})"
-        stats |= descend(network, own, _reseeded(update, seed, position), micros, config, where)
+        reseeded = update if captured else _reseeded(update, seed, position)
+        stats |= descend(network, own, reseeded, micros, config, where, captured)
     return stats
 
 
 def _reseeded(update: Update, seed: int, position: int) -> Update:
     """The same, for a loss that draws from torch's global generator as well."""
 
-    def loss(micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(micro: Micro) -> tuple[Tensor, Report]:
         torch.manual_seed(_mixed(seed, micro.index) ^ position)
         return update.loss(micro)
 
@@ -198,7 +212,13 @@ def _reseeded(update: Update, seed: int, position: int) -> Update:
 
 
 def descend(
-    network: nn.Module, optimisers: Optimisers, update: Update, micros: Sequence[Micro], config: Config, where: str
+    network: nn.Module,
+    optimisers: Optimisers,
+    update: Update,
+    micros: Sequence[Micro],
+    config: Config,
+    where: str,
+    captured: Captured | None = None,
 ) -> Stats:
     """One update: gradients averaged over the micro-batches, shortened, and every optimiser's step. Returns what the
     loss reports, averaged, and the gradient's norm before shortening. TrainingError where a number is not finite: then
@@ -209,12 +229,10 @@ def descend(
         optimiser.zero_grad(set_to_none=True)
     reports = []
     for micro in micros:
-        with _compute(network, config):
-            loss, report = update.loss(micro)
+        loss, report = (captured or partial(_gradient, network, config, len(micros)))(update.loss, micro)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"{where}, micro-batch {micro.index}: the loss is {loss.item()}")
-        (loss / len(micros)).backward()
-        reports.append(report)
+        reports.append({name: _number(value) for name, value in report.items()})
     norm = parallel.norm(nn.utils.clip_grad_norm_(network.parameters(), config.clip))
     if not math.isfinite(norm):
         numbers = ", ".join(str(micro.index) for micro in micros)
@@ -225,12 +243,24 @@ def descend(
     return {**_means(reports), label: norm}
 
 
+def _gradient(network: nn.Module, config: Config, parts: int, loss: Loss, micro: Micro) -> tuple[Tensor, Report]:
+    """Add a micro-batch's part of the gradient to what is there; returns what the loss does."""
+    with _compute(network, config):
+        found, report = loss(micro)
+    (found / parts).backward()
+    return found.detach(), report
+
+
 def _compute(network: nn.Module, config: Config) -> AbstractContextManager[object]:
     """bf16 compute where FSDP does not see to it. Casts of weights are not cached: one made without gradients, early in
     a rollout, would be used again where they are wanted."""
     if config.precision == "fp32" or parallel.count() > 1:
         return nullcontext()
     return torch.autocast(next(network.parameters()).device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _number(value: Tensor | float) -> float:
+    return value.detach().item() if isinstance(value, Tensor) else value
 
 
 def _means(rows: Sequence[Stats]) -> Stats:
@@ -253,6 +283,16 @@ def place(stage: Stage, average: Average, config: Config) -> None:
         parallel.place(network, where, config.precision, constant=network is not average.into)
 
 
+def capture(stage: Stage, config: Config) -> Captured | None:
+    """The stage's loss as a CUDA graph, where there is a GPU and it can be one."""
+    device = parallel.device(config.device)
+    if not config.capture or device.type == "cpu" or config.micros * parallel.count() > 1:
+        return None
+    if not isinstance(stage, Capturable) or not stage.capturable:
+        return None
+    return Captured(stage, stage.student, partial(_compute, stage.student, config))
+
+
 def run(
     stage: Stage,
     folder: Path,
@@ -271,6 +311,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     place(stage, average, config)
     optimisers, _ = stage.optimisers(), average.weights  # both of what was placed
+    captured = capture(stage, config)
     saved = checkpoint.latest(folder / "checkpoints")
     start, spent = checkpoint.restore(saved, stage, optimisers, average) if saved else (0, 0.0)
     began, written, recent = time.monotonic() - spent, time.monotonic(), list[Stats]()
@@ -279,7 +320,7 @@ def run(
     with bar, logs.opened(config.log if parallel.first() else (), folder, stage.name, start) as log:
         for index in range(start, stage.steps):
             try:
-                recent.append(take(stage, optimisers, index, seed, config))
+                recent.append(take(stage, optimisers, index, seed, config, captured))
             except TrainingError as error:
                 raise TrainingError(f"{error}. {_advice(folder, index)}") from None
             average.update(stage.student)

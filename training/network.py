@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from cfrt import flow
 from cfrt.config import ModelConfig
+from cfrt.nn.constants import kept
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.text import TextTable
 from training import captions
-from training.data import Batch
+from training.data import Batch, Prompts
 
 EARLY = 4
 """Units at the start of a clip that weigh more: in them a caption decides where the object heads."""
@@ -84,28 +85,44 @@ def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float 
     return flow.guide(v_cond, v_null, scale)
 
 
+def by_age(batch: Prompts, fresh: float, later: float | None, unit: int) -> float | Tensor:
+    """Guidance of each frame, [B, n, 1, 1, 1]: `fresh` in the first units after its caption began, where the caption
+    decides what is to be seen, and `later` in the others; one number where `later` is None."""
+    if later is None:
+        return fresh
+    frames = batch.caption.shape[1]
+    index = torch.arange(frames, device=batch.caption.device)
+    began = (frames - batch.caption.sum(1, keepdim=True)) * batch.caption  # a second caption rules to the end
+    return broadcast(torch.where(index - began < EARLY * unit, fresh, later))
+
+
 @torch.no_grad()
 def resampled(
-    network: Network, batch: Batch, share: float, top: float, shift: float, generator: torch.Generator
+    network: Network, batch: Batch, share: float, top: float, shift: float, generator: torch.Generator, jumps: int = 1
 ) -> Batch:
     """The batch as a context: in the first `share` of its clips, every frame is what the network guesses of it from a
     noisy copy and the clean past, at one level a clip of at most `top`. A stream goes on from guesses, and a network
-    that only ever saw the data's past repeats their errors (self-resampling, arXiv:2512.15702)."""
+    that only ever saw the data's past repeats their errors (self-resampling, arXiv:2512.15702).
+
+    `jumps`: how often, each time from half the noise and on the past that was guessed before."""
     count = round(share * len(batch))
     if count == 0:
         return batch
     past = batch.first(count)
-    x0 = past.latents
-    u = flow.unwarp(top, shift) * torch.rand(count, 1, generator=generator)
-    s = flow.warp(u, shift).to(x0.device).expand(x0.shape[:2])
-    x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
-    guess = flow.x0_from_v(x, network.teacher_forced(x, s, past), broadcast(s))
-    return replace(batch, latents=torch.cat([guess, batch.latents[count:]]))
+    u = flow.unwarp(top, shift) * torch.rand(count, 1, generator=generator, device=generator.device)
+    for jump in range(jumps):
+        x0 = past.latents
+        s = flow.warp(u / 2**jump, shift).to(x0.device).expand(x0.shape[:2])
+        x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
+        guess = flow.x0_from_v(x, network.teacher_forced(x, s, past), broadcast(s))
+        past = replace(past, latents=guess)
+    return replace(batch, latents=torch.cat([past.latents, batch.latents[count:]]))
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers of x's shape, on its device. They are drawn on the CPU: the same wherever a stage is trained."""
-    return torch.randn(x.shape, generator=generator).to(x.device)
+    """Normal numbers of x's shape, on its device. They are drawn where the generator lives: on the CPU they are the
+    same wherever a stage is trained, and a captured stage (`training.capture`) cannot wait for them."""
+    return torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
 
 
 def broadcast(s: Tensor) -> Tensor:
@@ -113,9 +130,10 @@ def broadcast(s: Tensor) -> Tensor:
     return s[:, :, None, None, None]
 
 
-def unit_weights(frames: int, unit: int, first: float, early: float = 1.0) -> Tensor:
+@kept(16)
+def unit_weights(frames: int, unit: int, first: float, early: float, device: torch.device) -> Tensor:
     """[T] loss weights of mean 1: a frame of the first unit counts `first` times, of the next three `early` times."""
     weights = torch.ones(frames)
     weights[: EARLY * unit] = early
     weights[:unit] = first
-    return weights / weights.mean()
+    return (weights / weights.mean()).to(device)

@@ -30,7 +30,7 @@ from cfrt.config import ModelConfig
 from cfrt.errors import ConfigError
 from training import parallel, rollout
 from training.data import Batch, DataSet, Prompts
-from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update, step_generator, write_tensors
+from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update, step_generator, write_tensors
 from training.network import Network, Velocity, broadcast, guided, noise_like, unit_weights
 from training.optimisers import adam
 
@@ -232,7 +232,7 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
         device = self.student.device
         pairs = self.pairs[torch.randint(len(self.pairs), (config.batch,), generator=generator)].to(device)
@@ -242,8 +242,8 @@ class Stage:
         x = pairs.states[torch.arange(config.batch)[:, None], level, torch.arange(frames)[None]]
         jump = self.jump(x, self.levels[level].to(device), Batch.of(pairs.clean, pairs))
         error = (jump - pairs.end).square().mean((0, 2, 3, 4))
-        weights = unit_weights(frames, unit, config.first_weight, config.early_weight)
-        return (error * weights.to(device)).mean(), {"loss": error.mean().item(), "first": error[:unit].mean().item()}
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
+        return (error * weights).mean(), {"loss": error.mean(), "first": error[:unit].mean()}
 
     def jump(self, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
         """G(x, s): where the student lands from x [B, n, C, h, w] at levels s [B, n], on the past of `config.past`."""

@@ -55,7 +55,7 @@ class Player:
 
     def _text_of(self, unit: int) -> TextKV:
         """Keys and values of the caption that rules this unit in each clip, one caption a clip."""
-        clips = torch.arange(len(self.caption))
+        clips = torch.arange(len(self.caption), device=self.caption.device)
         ruling = self.caption[:, unit * self.model.unit]
         return [(k[clips, ruling][:, None], v[clips, ruling][:, None]) for k, v in self.text]
 

@@ -21,7 +21,7 @@ class Arguments:
     contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in
     OUT/student."""
 
-    recipe: Annotated[Literal["tiny"], tyro.conf.Positional]
+    recipe: Annotated[Literal["tiny", "tiny-gpu"], tyro.conf.Positional]
     """What to train."""
     out: Path | None = None
     """Folder of the run; default runs/RECIPE."""
@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> None:
     from cfrt.errors import CfrtError
     from training import chain, plan, recipes
 
-    recipe = recipes.smoke() if arguments.smoke else recipes.tiny()
+    recipe = recipes.smoke() if arguments.smoke else recipes.RECIPES[arguments.recipe]()
     recipe = replace(recipe, run=replace(recipe.run, log=arguments.log))
     if arguments.data is not None:
         from training.shards import Shards

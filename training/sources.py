@@ -20,7 +20,6 @@ from torch import Tensor
 from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import EngineError
 from cfrt.nn.autoencoder import Autoencoder
-from cfrt.stream import Stream
 from cfrt.text import TableText
 from training import bidirectional, captions, data, rollout, worlds
 from training.data import Prompts
@@ -178,6 +177,7 @@ def streamed(model: str | Path, engine: str = "auto", precision: str = "auto") -
     """Clips of the runtime itself: each one a `cfrt.Stream` read frame by frame, its prompt changed while it runs.
 
     It knows nothing of the training code, so it checks the numbers of `student`. It can't go on from a real past."""
+    from cfrt.stream import Stream  # with codecs, which no training needs
 
     def source(task: Task, generator: torch.Generator) -> Tensor:
         seeds = torch.randint(2**31, (len(task),), generator=generator).tolist()

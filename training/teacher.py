@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cfrt import flow
 from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
-from training.loop import SCHEDULES, Micro, Optimisers, Schedule, Stats, Update
+from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
 from training.network import Network, Velocity, broadcast, noise_like, resampled, unit_weights
 from training.optimisers import adam, muon_and_adam
 
@@ -46,19 +46,22 @@ class Config:
     """Share of clips whose past is the network's own guess of it (`network.resampled`); none in the paper."""
     resampled_top: float = 0.75
     """Noisiest copy that it guesses from. Beyond, a guess may turn where the data does not."""
+    resampled_jumps: int = 1
+    """How often it guesses, each time from half the noise and on the past guessed before: nearer to a stream's past."""
     starts: int = 64
     """Further unit-0 examples in every batch. They have no past, so they cost a twentieth of a clip each."""
 
 
 def unit_levels(clips: int, units: int, frames: int, generator: torch.Generator) -> Tensor:
     """[B, T] uniform u, one for each unit of `frames` latent frames (reference schedule: independent per unit)."""
-    return torch.rand(clips, units, generator=generator).repeat_interleave(frames, 1)
+    return torch.rand(clips, units, generator=generator, device=generator.device).repeat_interleave(frames, 1)
 
 
 class Stage:
     """Teacher-forced flow matching: E |v(x_s^i, x0^{<i}, s_i) - (e - x0^i)|^2 (arXiv:2602.02214, section 3.2)."""
 
     name = "teacher"
+    capturable = True
 
     def __init__(self, config: Config, model: ModelConfig, clips: DataSet, start: Network) -> None:
         self.config, self.model, self.clips, self.steps = config, model, clips, config.steps
@@ -72,7 +75,7 @@ class Stage:
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
 
-    def loss(self, micro: Micro) -> tuple[Tensor, Stats]:
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
         batch = self.clips.batch(micro.index, config.batch).drop(config.caption_dropout, generator)
         x0 = batch.latents
@@ -80,14 +83,22 @@ class Stage:
         s = flow.warp(unit_levels(len(x0), frames // unit, unit, generator), self.model.shift)
         velocity = {"teacher": self.student.teacher_forced, "diffusion": self.student.noisy_prefix}[config.forcing]
         batch = batch.to(self.student.device)
-        context = resampled(self.student, batch, config.resampled, config.resampled_top, self.model.shift, generator)
+        context = resampled(
+            self.student,
+            batch,
+            config.resampled,
+            config.resampled_top,
+            self.model.shift,
+            generator,
+            config.resampled_jumps,
+        )
         error = self._error(velocity, batch, s, generator, context).mean(0)  # [T]
         first = error[:unit].mean()
         if config.starts:
             first = torch.lerp(self._starts(micro), first, len(x0) / (len(x0) + config.starts))
-        weights = unit_weights(frames, unit, config.first_weight, config.early_weight).to(error.device)
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
         loss = (error * weights)[unit:].sum() / frames + first * weights[:unit].sum() / frames
-        return loss, {"loss": error.mean().item(), "first": first.item()}
+        return loss, {"loss": error.mean(), "first": first}
 
     def _starts(self, micro: Micro) -> Tensor:
         """Mean error on further first units, of clips that this batch does not hold. A first unit sees only itself, so

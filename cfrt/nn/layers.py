@@ -116,7 +116,8 @@ class CrossAttention(nn.Module):
         """What x [B, T', N, d], the frames from `answering` on, reads of the text, [B, T', N, d]."""
         q = self.norm_q(self.q(x)).view(x.shape[0], -1, self.heads, x.shape[-1] // self.heads)
         mask = None if p.text_mask is None else p.text_mask[:, answering * x.shape[2] :]
-        y = attention(q, text[0].flatten(1, 2), text[1].flatten(1, 2), mask=mask, backend=p.backend)
+        backend = "sdpa" if mask is not None and p.backend in ("cuda", "flash") else p.backend  # they take no mask
+        y = attention(q, text[0].flatten(1, 2), text[1].flatten(1, 2), mask=mask, backend=backend)
         return self.o(y.reshape(x.shape))
 
 

@@ -7,7 +7,6 @@ of libcudart. Inside `Runtime`, a launch with <<<>>> runs here and its report is
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 
 from . import compiler, edits
@@ -51,20 +50,20 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
-@cache
-def _cudart() -> ctypes.CDLL:
-    """Loaded once, its symbols visible to the libraries that `build` makes."""
-    return ctypes.CDLL(str(_cudart_library()), mode=ctypes.RTLD_GLOBAL)
+def linked(objects: Sequence[Path], file: Path, *options: str | Path) -> None:
+    """A shared library of what nvcc compiled, with a CUDA runtime of its own in place of libcudart: whatever else has
+    been loaded, a GPU's own libcudart by PyTorch for one, its calls stay within it. The runtime comes first: nvcc's
+    constructors call it."""
+    compiler.run(compiler.cxx(), "-shared", _cudart(), *options, *objects, "-Wl,-Bsymbolic", "-o", file)
 
 
-def _cudart_library() -> Path:
+def _cudart() -> Path:
+    command = (compiler.cxx(), "-std=c++20", "-O1", "-Wall", "-Wextra", "-fPIC", "-c")
+
     def make(folder: Path) -> None:
-        compiler.run(
-            compiler.cxx(), "-std=c++20", "-O1", "-Wall", "-Wextra", "-fPIC", "-shared", _CUDART, "-o",
-            folder / "libptxsim_cudart.so",
-        )  # fmt: skip
+        compiler.run(*command, _CUDART, "-o", folder / "cudart.o")
 
-    return compiler.cached([compiler.cxx(), _CUDART.read_bytes()], make) / "libptxsim_cudart.so"
+    return compiler.cached([*command, _CUDART.read_bytes()], make) / "cudart.o"
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,11 @@ def build(
             kept.mkdir()
             compiled = _with_edits(source, files, folder)
             compiler.run(nvcc, *options, "--keep", "--keep-dir", kept, "-c", compiled, "-o", kept / "host.o")
-        objects = [folder / s.stem / "host.o" for s in sources]
-        compiler.run(compiler.cxx(), "-shared", *objects, "-o", folder / "library.so")
+        linked([folder / s.stem / "host.o" for s in sources], folder / "library.so")
 
     contents = [text for f in files for text in (str(f), edits.read(f))]
-    folder = compiler.cached([nvcc, compiler.run(nvcc, "--version"), *options, *map(str, sources), *contents], make)
+    key = [nvcc, compiler.run(nvcc, "--version"), *options, *map(str, sources), *contents, str(_cudart())]
+    folder = compiler.cached(key, make)
     return Built(folder / "library.so", tuple(folder / s.stem / f"{s.stem}.ptx" for s in sources))
 
 
@@ -128,17 +127,16 @@ class Runtime:
         self.report = Report()
         self._error: BaseException | None = None
         self._callback = _LAUNCH(self._launch)
-        self._cudart = _cudart()
         self.library = ctypes.CDLL(str(built.library))
 
     def __enter__(self) -> "Runtime":
         device = _Device(*(getattr(self.device, f.name) for f in fields(Device)))
-        self._cudart.ptxsim_cudart_connect(self._callback, ctypes.byref(device))
+        self.library.ptxsim_cudart_connect(self._callback, ctypes.byref(device))
         return self
 
     def __exit__(self, *raised: object) -> None:
         device = _Device(*(getattr(self.device, f.name) for f in fields(Device)))
-        self._cudart.ptxsim_cudart_connect(_LAUNCH(), ctypes.byref(device))
+        self.library.ptxsim_cudart_connect(_LAUNCH(), ctypes.byref(device))
         if self._error is not None and raised[0] is None:
             raise self._error
 

@@ -12,7 +12,6 @@ from ...blocks import Span
 from ...errors import EngineError
 
 
-@cache
 def cuda_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why "cuda" cannot run there, in one sentence, or None."""
     if device.type != "cuda":
@@ -21,9 +20,19 @@ def cuda_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
         return f"the CUDA attention takes bfloat16, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in (64, 128):
         return f"the CUDA attention takes heads of 64 or 128 numbers, not {head_dim}"
+    return _kernels_refusal(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result  # no compiler looks into the extension, and a device stays what it is
+def _kernels_refusal(index: int) -> str | None:
+    return _asked_once(index)
+
+
+@cache
+def _asked_once(index: int) -> str | None:
     from _cfrt import cuda
 
-    return cuda.refusal(torch.cuda.current_device() if device.index is None else device.index)
+    return cuda.refusal(index)
 
 
 def cuda_attention(

@@ -235,9 +235,11 @@ def _spread(values: list[float]) -> dict[str, float]:
 def measure(only: str | None) -> dict[str, Any]:
     sheet: dict[str, Any] = {**header(), "model": "tiny", "engine": "native", "precision": "auto", "fps": 16}
     if only != "browser":
+        sheet["load before viewers"], sheet["niceness"] = os.getloadavg()[0], os.nice(0)
         sheet["viewers"] = {kind: [load(kind, count, 1) for count in counts] for kind, counts in VIEWERS.items()}
         sheet["viewers per core"] = {kind: viewers_per_core(rows) for kind, rows in sheet["viewers"].items()}
     if only != "viewers":
+        sheet["load before browser"] = os.getloadavg()[0]
         sheet["browser"] = {way: in_browser(way) for way in ("WebRTC", "WebSocket")}
     return sheet
 

@@ -325,7 +325,7 @@ def test_a_server_that_was_killed_is_found_again(open_page: Open) -> None:
         address = page.url
         server.kill()
         page.wait_for_selector("#link[data-state=lost]")
-    with process(port=int(url.rstrip("/").rsplit(":", 1)[1])):
+    with process("--forget", port=int(url.rstrip("/").rsplit(":", 1)[1])):
         eventually(page, lambda: page.url != address)
         page.wait_for_selector("canvas.picture[data-unit]")
         assert "no longer has this stream" in page.inner_text("#toast")

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from serve_fixture import GENEROUS, OTHER, PROMPT, eventually, process, running
+from student_fixture import save_student
 
+from cfrt import Stream
 from cfrt.cli import main
 from cfrt.config import PRESETS
 from cfrt.errors import CfrtError
@@ -40,8 +42,6 @@ def test_a_killed_server_goes_on_with_its_streams(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_is_gone_on_with_bit_for_bit(tmp_path: Path) -> None:
-    from cfrt import Stream
-
     with Shelf(tmp_path) as shelf, running(limits=GENEROUS, shelf=shelf) as served:
         name = served.new(seed=5)
         frames = [frame.index for frame in Client(served.url).join(name).frames(n=30)]
@@ -78,6 +78,21 @@ def test_what_is_damaged_or_not_ours_is_left_out(tmp_path: Path, caplog: pytest.
         assert served.http.get("/healthz").json()["streams"] == 0
     assert "a stream is lost" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"..%2f.cfrt", "lock"}
+
+
+def test_a_stream_of_another_model_does_not_keep_a_server_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a student with random weights, whose words the embedded one does not all know."""
+    with Stream("a crimson circle over the night sky", model=save_student(tmp_path / "other"), threads=1) as other:
+        next(other.frames())
+        snapshot = other.snapshot(portable=True)
+    with Shelf(tmp_path / "shelf") as shelf:
+        shelf.keep("b" * 32, snapshot, paused=False)
+        with running(limits=GENEROUS, shelf=shelf) as served:
+            assert served.http.get(f"/streams/{'b' * 32}").status_code == 404
+            assert "a stream cannot go on: expected a snapshot of a stream with model 'tiny'" in caplog.text
+            served.new()
 
 
 def test_one_server_at_a_time_has_the_folder(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ class Serve:
                 shelf=shelf,
             )
             where = "localhost" if self.host in ANYWHERE else f"[{self.host}]" if ":" in self.host else self.host
-            hash = f"#token={token}" if token else ""
-            print(f"cfrt serve: http://{where}:{bound.getsockname()[1]}/{hash}", flush=True)
+            shown = f"#token={token}" if token else ""
+            print(f"cfrt serve: http://{where}:{bound.getsockname()[1]}/{shown}", flush=True)
             what = f"{card['model']} ({card['engine']}, {card['precision']})"
             print(f"{what}; the API: /docs; Ctrl-C ends it", file=sys.stderr)
             uvicorn.Server(settings(app, self.host, self.port)).run(sockets=[bound])

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from secrets import token_hex
 
-from ..errors import SnapshotError
+from ..errors import CfrtError
 from ..snapshot import Snapshot
 from ..stream import Stream
 from .limits import Limits
@@ -84,7 +84,7 @@ class Registry:
                 break
             try:
                 self._admit(*await asyncio.to_thread(self._made_again, snapshot, paused), name=name)
-            except SnapshotError as error:
+            except CfrtError as error:
                 log.warning("a stream cannot go on: %s", error)
 
     def _made_again(self, snapshot: Snapshot, paused: bool) -> tuple[Stream, str, int, list[str]]:
@@ -94,7 +94,7 @@ class Registry:
         stream = self._make(prompt, seed=seed)
         try:
             stream.restore(snapshot)
-        except SnapshotError:
+        except CfrtError:
             stream.close()
             raise
         if paused:
@@ -116,6 +116,8 @@ class Registry:
                 await asyncio.to_thread(session.keep, self._shelf)
             except Exception as error:
                 log.warning("stream %s is not kept: %s", session.id, error)
+            if session.id not in self._sessions:  # it was closed meanwhile
+                self._shelf.drop(session.id)
 
     async def close(self) -> None:
         """Ends them all; those on the shelf will go on."""

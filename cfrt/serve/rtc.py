@@ -100,7 +100,8 @@ class Peers:
             raise Refusal(422, expected='type "offer"', got=offer.type, do="send what createOffer() gave")
         video = peer.addTransceiver(track, "sendonly")
         video.setCodecPreferences([one for one in RTCRtpSender.getCapabilities("video").codecs if one.name in CODECS])
-        video.sender._send_keyframe = track.film.ask  # aiortc's own would ask an encoder that it does not use
+        # aiortc's own would ask an encoder that is not used.
+        video.sender._send_keyframe = track.film.ask  # type: ignore[method-assign]
         await peer.setRemoteDescription(RTCSessionDescription(without_candidates(offer.sdp), "offer"))
         if video.mid is None:
             do = "addTransceiver('video', {direction: 'recvonly'}) before createOffer()"

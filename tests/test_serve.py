@@ -54,6 +54,7 @@ def test_a_failure_of_our_own_shows_no_traceback(served: Served, name: str, monk
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "the server's log" in answer.json()["error"]["do"]
+    assert answer.headers["connection"] == "close"
 
 
 def test_a_stream_that_fails_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

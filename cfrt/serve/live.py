@@ -81,7 +81,7 @@ class Live:
             if shot is None and not news:
                 return
             if news:
-                await self._say({"type": "state", **session.state()})
+                await self._say({"type": "state", **session.common_state()})
             if session.error is not None:
                 return
             if shot is not None:
@@ -95,7 +95,7 @@ class Live:
             await self._say({"type": "unit", **told})
         if frame.prompt != self._prompt:
             self._prompt = frame.prompt
-            await self._say({"type": "state", **session.state()})
+            await self._say({"type": "state", **session.common_state()})
         if self._viewer.codec == "jpeg":
             head = HEADER.pack(
                 frame.index, frame.unit, shot.tick & 0xFFFFFFFF, min(round(1e6 * frame.latency), 2**32 - 1)
@@ -103,7 +103,8 @@ class Live:
             await self._send(head + shot.jpeg)
         if monotonic() - self._told >= STATS_EVERY:
             self._told = monotonic()
-            await self._say({"type": "stats", "reach": session.reach, **session.stats()})
+            state = session.common_state()
+            await self._say({"type": "stats", "reach": state["reach"], **state["stats"]})
 
     async def _say(self, message: dict[str, Any]) -> None:
         async with self._sending, asyncio.timeout(STUCK):

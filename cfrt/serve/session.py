@@ -47,6 +47,8 @@ class Session:
         self.broadcast, self.overhead = Broadcast(), Recent()
         self.recorder: Recorder | None = None
         self.error: str | None = None
+        self._news = 0  # times that viewers were told of a change
+        self._common: tuple[Any, dict[str, Any]] = (None, {})
         self._kept: tuple[Any, ...] = ()  # where it was when it was put on the shelf
         self.touched = monotonic()
         self._make, self._stream = make, stream
@@ -128,6 +130,7 @@ class Session:
 
     def tell(self) -> None:
         """Viewers learn the present state."""
+        self._news += 1
         self.broadcast.tell()
 
     async def close(self) -> None:
@@ -156,6 +159,13 @@ class Session:
             "error": self.error,
             "stats": self.stats(),
         }
+
+    def common_state(self) -> dict[str, Any]:
+        """`state`, worked out once for all viewers who ask at the same frame."""
+        here = (self._news, self.broadcast.last, len(self.broadcast.viewers), self.error)
+        if self._common[0] != here:
+            self._common = (here, self.state())
+        return self._common[1]
 
     def stats(self) -> dict[str, Any]:
         """`messages.StreamStats` as JSON, times in milliseconds."""

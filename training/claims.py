@@ -86,7 +86,11 @@ def write(results: Path, page: Path) -> None:
         if select(rows, unit=3):
             parts += ["## Three latent frames a unit (F = 3)", CHUNKS, claims(rows, 3), key_table(rows, chunks, 3)]
             parts += [flow_table(rows, 3)]
-        parts += ["## After DMD, by steps", STEPS, *(by_steps(rows, unit) for unit in (1, 3) if select(rows, unit=unit))]
+        parts += [
+            "## After DMD, by steps",
+            STEPS,
+            *(by_steps(rows, unit) for unit in (1, 3) if select(rows, unit=unit)),
+        ]
         parts += ["## The whole grid", grid(rows)]
         parts += ["## Cost", cost(rows), "## Every row", "\n".join(f"* {line(row)}" for row in rows)]
         parts += [sheet(picture, page) for picture in sorted(results.glob("sheet-*.png"))]

@@ -28,7 +28,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE cmake csrc cfrt train
 CXX_SOURCES := csrc/*.h csrc/*.cpp csrc/cpu/*.* csrc/cpu/kernels/* csrc/cuda/* tests/ptxsim/*/*.h tests/ptxsim/*/*.cpp tests/native/*.h tests/native/*.cpp tests/*.cpp
 WHEEL = $$(echo build/wheel/cfrt-*.whl)
 
-.PHONY: help demo test test-all lint format types imports bench gate compare readme dev clean FORCE
+.PHONY: help demo test test-all test-ray lint format types imports bench gate compare readme dev clean FORCE
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -88,6 +88,11 @@ test: $(STAMPS)/test
 
 test-all: $(STAMPS)/test
 	CFRT_WHEEL="$(CURDIR)/$(WHEEL)" $(BIN)/pytest $(ARGS)
+
+# Two replicas of the server on this machine. Ray and what it brings are some 350 MB, so that no other target asks for it.
+test-ray: $(STAMPS)/test
+	$(PIP) install -c constraints.txt "$(WHEEL)[ray]"
+	CFRT_RAY=1 $(BIN)/pytest -m ray $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check

@@ -6,15 +6,16 @@ The embedded student at its own 16 frames a second, one thread, with a journal t
 over, so that growth would show. A change of prompt every ten seconds, a pause of one second and a rewind of four units
 every minute: what a person at the page does.
 
-Drift is how far the last frame of a beat came from where its first one had it, in frames. A beat ends where a pause or
-a rewind ends it, and at a stall: a frame more than half a period late, which moves the beat on purpose (`cfrt.clock`).
-What stalls have cost in all is counted apart; on an idle machine there are none.
+Drift is how far the last frame of a stretch, from one pause or rewind to the next, came from where its first one had
+it, in frames, less what the clock says that stalls have moved its beat on purpose (`Stats.stalled`). What stalls have
+cost in all is counted apart; on an idle machine there are none.
 """
 
 import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 import numpy as np
 
 import cfrt
-from cfrt.clock import JITTER
 
 from .machine import header, resident
 
@@ -38,16 +38,18 @@ WARM_SECONDS = 60.0
 """After which memory is compared with itself."""
 
 
-def beats(times: np.ndarray, fps: float) -> tuple[list[np.ndarray], float]:
-    """Times of frames cut at stalls, and the frames lost to these."""
-    gaps = np.diff(times) * fps - 1
-    stalls = np.flatnonzero(gaps > JITTER)
-    return np.split(times, stalls + 1), float(gaps[stalls].sum())
+@dataclass
+class Stretch:
+    """The times of frames that nothing interrupts, and by how many seconds stalls have moved their beat."""
 
+    begun: float
+    """`Stats.stalled` before it."""
+    times: list[float] = field(default_factory=list)
+    stalled: float = 0.0
 
-def drift(beat: np.ndarray, fps: float) -> float:
-    """Frames by which the last frame of a beat came later than the first one's time has it."""
-    return float((beat[-1] - beat[0]) * fps - (len(beat) - 1))
+    def drift(self, fps: float) -> float:
+        """Frames by which the last one came later than the first one's time has it, but for stalls."""
+        return (self.times[-1] - self.times[0] - self.stalled) * fps - (len(self.times) - 1)
 
 
 def main() -> int:
@@ -70,9 +72,8 @@ def soak(seconds: float) -> dict[str, Any]:
             f"{config.name}, {stream.engine}, {stream.precision}, 1 thread, {fps:.0f} fps, {len(config.steps)} steps, "
             f"window {config.window}, decode included"
         )
-    cut = [beats(np.array(times), fps) for times in stretches]
-    drifts = [drift(beat, fps) for found, _ in cut for beat in found]
-    late = np.concatenate([np.diff(beat) * fps - 1 for found, _ in cut for beat in found])
+    drifts = [stretch.drift(fps) for stretch in stretches]
+    late = np.concatenate([np.diff(stretch.times) * fps - 1 for stretch in stretches])
     warm = [mb for at, mb in memory if at >= min(WARM_SECONDS, seconds / 2)]
     return {
         "what": what,
@@ -80,8 +81,8 @@ def soak(seconds: float) -> dict[str, Any]:
         "load": os.getloadavg()[1],
         "niceness": os.nice(0),
         "frames": stats.frames,
-        "drift_frames": {"largest": max(drifts, key=abs), "beats": len(drifts)},
-        "stalls": {"count": len(drifts) - len(stretches), "frames_lost": sum(lost for _, lost in cut)},
+        "drift_frames": {"largest": max(drifts, key=abs), "stretches": len(drifts)},
+        "stalls": {"count": stats.stalls, "frames_lost": stats.stalled * fps},
         "interval_error_frames": {"p50": float(np.median(late)), "p99": float(np.quantile(late, 0.99))},
         "unit_ms": {name: 1000 * getattr(stats.unit, name) for name in ("p50", "p95", "p99")},
         "unit_p99_over_p50": stats.unit.p99 / stats.unit.p50,
@@ -91,15 +92,15 @@ def soak(seconds: float) -> dict[str, Any]:
     }
 
 
-def _watch(stream: cfrt.Stream, seconds: float) -> tuple[list[list[float]], list[tuple[float, float]]]:
-    """The times of the frames, in a list for each stretch between a pause or a rewind and the next, and resident memory
-    every ten seconds."""
-    stretches: list[list[float]] = [[]]
+def _watch(stream: cfrt.Stream, seconds: float) -> tuple[list[Stretch], list[tuple[float, float]]]:
+    """The stretches between a pause or a rewind and the next, and resident memory every ten seconds."""
+    stretches = [Stretch(0.0)]
     memory: list[tuple[float, float]] = []
     begin, tens = perf_counter(), 0
     for frame in stream.frames():
         now = perf_counter()
-        stretches[-1].append(now)
+        stretches[-1].times.append(now)
+        stretches[-1].stalled = stream.stats.stalled - stretches[-1].begun
         if now - begin >= seconds:
             break
         if now - begin < 10 * (tens + 1):
@@ -111,12 +112,12 @@ def _watch(stream: cfrt.Stream, seconds: float) -> tuple[list[list[float]], list
             stream.pause()
             sleep(1.0)
             stream.resume()
-            stretches.append([])
+            stretches.append(Stretch(stream.stats.stalled))
         if tens % 6 == 0:
             unit = stream.rewind(4)
             assert unit == frame.unit - 3
-            stretches.append([])
-    return [times for times in stretches if times], memory
+            stretches.append(Stretch(stream.stats.stalled))
+    return [stretch for stretch in stretches if stretch.times], memory
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ engine reads nothing that the manifest does not vouch for. No torch, no ONNX, no
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
@@ -23,7 +24,8 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 DTYPES = ("fp32", "bf16", "fp16", "uint8")
 LEVELS = ("full", "segments")
 TENSORS = "tensors.safetensors"
-"""What is outside all graphs: `norm_q`, `norm_k` [layers, d] for the kernel between them, and `text.table`."""
+"""What is outside all graphs: `norm_q`, `norm_k` [layers, d] for the kernel between them, `v_scale` [layers, d] for a
+ring of 8 bits, and `text.table`."""
 OUT = "out."
 """Before the name of an output inside a graph, where no output may be called as an input is."""
 STATE = "state."
@@ -210,6 +212,22 @@ class Bundle:
         foreign = sorted(present - self.manifest.files.keys() - {MANIFEST})
         if foreign:
             raise BundleError(f"{self.folder} holds {foreign[0]}, which is no file of this bundle; remove it")
+
+    def annotate(self, name: str, note: Any) -> None:
+        """Writes a note into the manifest, in place of one of that name: the old manifest or the new one is there,
+        whatever happens. BundleError when it cannot be written."""
+        manifest = replace(self.manifest, notes={**self.manifest.notes, name: note})
+        part = self.folder.with_name(f".{self.folder.name}.{MANIFEST}.part")  # beside: a bundle has no other files
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(manifest.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / MANIFEST)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise BundleError(f"{self.folder / MANIFEST} cannot be written ({error}); it is as it was") from error
+        self.manifest = manifest
 
     def _check_size(self, name: str, entry: Entry) -> None:
         path = self.folder / name

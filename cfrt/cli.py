@@ -32,7 +32,7 @@ from tyro.conf import (
 
 from . import __version__
 from .bench import Bench
-from .errors import CfrtError, VideoError
+from .errors import CfrtError, UsageError, VideoError
 from .model_commands import Convert, Plan, Pull
 from .serve.command import Serve
 
@@ -50,10 +50,6 @@ LONGEST_FILM = 3600.0
 """Seconds. A film that long is a typing error more often than a wish; `cfrt.Stream` has no limit."""
 
 DEFAULT_OUTPUT = "cfrt.mp4"
-
-
-class UsageError(CfrtError):
-    """The command line asks for something that makes no sense."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,10 @@ class Clock:
         self._patience = self._period * (1.0 if live else JITTER)
         self._origin: float | None = None
         self._last = -math.inf  # when the last frame was handed out
+        self.stalls = 0
+        """Frames that were late enough to move the beat."""
+        self.moved = 0.0
+        """Seconds by which they have moved it in all."""
 
     @property
     def running(self) -> bool:
@@ -37,7 +41,10 @@ class Clock:
 
     def tick(self, index: int, now: float) -> None:
         """Frame `index` is handed out: the first one starts the beat, one that is late moves it."""
-        if self._origin is None or now - (self._origin + index * self._period) > self._patience:
+        late = 0.0 if self._origin is None else now - (self._origin + index * self._period)
+        if self._period and late > self._patience:
+            self.stalls, self.moved = self.stalls + 1, self.moved + late
+        if self._origin is None or late > self._patience:
             self._origin = now - index * self._period
         self._last = now
 

@@ -5,6 +5,10 @@ class CfrtError(Exception):
     """Root of all errors that cfrt raises on purpose."""
 
 
+class UsageError(CfrtError):
+    """The command line asks for something that makes no sense."""
+
+
 class ConfigError(CfrtError, ValueError):
     """A configuration that contradicts itself, or a file that holds none."""
 

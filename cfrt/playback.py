@@ -32,7 +32,7 @@ class Playback:
         """The frame handed out last, for display."""
         self.dropped = 0
         self._config = config
-        self._clock = Clock(fps, live=live)
+        self.clock = Clock(fps, live=live)
         self.position = -1
         """Index of the last frame handed out, or jumped to."""
         self._gate = math.inf  # the first frame that a pause holds back
@@ -49,7 +49,7 @@ class Playback:
         if not self.live:
             return self.position
         made = self.queue[-1].index if self.queue else self.position
-        return max(self.position, int(min(self._clock.newest(now), made, self._gate - 1)))
+        return max(self.position, int(min(self.clock.newest(now), made, self._gate - 1)))
 
     def unit(self, now: float) -> int:
         """The unit of the frame on show."""
@@ -58,9 +58,9 @@ class Playback:
     def begins(self, unit: int, now: float) -> float | None:
         """Seconds until the clock of a live stream shows `unit`; None where only the consumer, or nobody, moves on."""
         first = self._config.first_frame(unit)
-        if not self.live or not self._clock.running or first >= self._gate:
+        if not self.live or not self.clock.running or first >= self._gate:
             return None
-        return self._clock.delay(first, now)
+        return self.clock.delay(first, now)
 
     # ------------------------------------------------------------------ frames
 
@@ -76,13 +76,13 @@ class Playback:
         self._drop_late(now)
         index = self.queue[0].index
         if index >= self._gate:
-            self._clock.reset()
+            self.clock.reset()
             return Due()
-        wait = self._clock.delay(index, now)
+        wait = self.clock.delay(index, now)
         if wait > 0:
             return Due(wait=wait)
         frame = self.queue.popleft()
-        self._clock.tick(index, now)
+        self.clock.tick(index, now)
         self.position, self.last = index, frame
         return Due(frame)
 
@@ -104,13 +104,13 @@ class Playback:
         self._drop_late(now)
         self.position = self.shown(now)
         self._gate = self.position + 1
-        self._clock.reset()
+        self.clock.reset()
 
     def resume(self) -> None:
         """Opens the gate; the beat starts anew."""
         if self.paused:
             self._gate = math.inf
-            self._clock.reset()
+            self.clock.reset()
 
     def step(self, units: int) -> int | None:
         """Moves the gate to the end of the next `units` units, the rest of one that is half shown counting as the
@@ -124,6 +124,6 @@ class Playback:
     def jump(self, shown: int, queue: Iterable[Frame] = ()) -> None:
         """Frame `shown` is now the last one handed out, and `queue` comes next; a gate that is closed moves along."""
         self.position, self.queue = shown, deque(queue)
-        self._clock.reset()
+        self.clock.reset()
         if self.paused:
             self._gate = shown + 1

@@ -70,6 +70,10 @@ class Stats:
     """Frames handed out."""
     dropped: int
     """Frames that a slow consumer missed; only a stream with keep="latest" drops any."""
+    stalls: int
+    """Frames that came more than half a period late (a whole one with keep="latest"), each of which moved the beat."""
+    stalled: float
+    """Seconds by which those have moved it in all."""
     ring: tuple[int, int]
     """Latent frames that the next unit can look back at, and the most it ever will."""
     journal_bytes: int
@@ -94,7 +98,16 @@ class Meters:
     units: int = 0
     frames: int = 0
 
-    def read(self, *, ring: tuple[int, int], unit_duration: float, dropped: int, journal_bytes: int) -> Stats:
+    def read(
+        self,
+        *,
+        ring: tuple[int, int],
+        unit_duration: float,
+        dropped: int,
+        stalls: int,
+        stalled: float,
+        journal_bytes: int,
+    ) -> Stats:
         return Stats(
             time_to_first_frame=self.time_to_first_frame,
             latency=self.latency.timing(),
@@ -106,6 +119,8 @@ class Meters:
             units=self.units,
             frames=self.frames,
             dropped=dropped,
+            stalls=stalls,
+            stalled=stalled,
             ring=ring,
             journal_bytes=journal_bytes,
         )

@@ -40,7 +40,7 @@ from .text import Encoded, Text, encoder
 from .timeline import BLENDS, Blend, Timeline
 from .trace import Hook, both, off
 from .weights import fingerprint, load_model
-from .worker import Worker
+from .worker import Worker, closed
 
 __all__ = ["Change", "Snapshot", "Stream"]
 
@@ -182,7 +182,7 @@ class Stream:
         ever be. A second call goes on where the first one stopped."""
         wanted = count(self.config, n, seconds)
         if not self._stop.alive:
-            raise CfrtError("this stream is closed; make a new one")
+            raise closed()
         return self._iterate(wanted)
 
     def clip(self, n: int | None = None, seconds: float | None = None) -> Clip:
@@ -198,7 +198,7 @@ class Stream:
         """`frames` for asyncio. Nothing blocks the loop, and a task that is cancelled while it waits loses no frame."""
         wanted = count(self.config, n, seconds)
         if not self._stop.alive:
-            raise CfrtError("this stream is closed; make a new one")
+            raise closed()
         return self._aiterate(wanted)
 
     def __aiter__(self) -> AsyncIterator[Frame]:
@@ -257,7 +257,7 @@ class Stream:
             raise ValueError(f"expected units >= 1, got {units}")
         last = self._worker.step(units)
         if last is None:
-            raise CfrtError("a stream steps only while it is paused; call pause() first")
+            raise CfrtError("expected a stream that is paused, got one that plays; call pause() first")
         return last
 
     def rewind(self, units: int) -> int:
@@ -269,7 +269,7 @@ class Stream:
         self._refuse_compat("rewind")
         unit, reach = self._worker.rewind(units)
         if unit is None:
-            raise CfrtError(f"cannot go back {units} units: {self._limits(reach)}")
+            raise CfrtError(f"expected at most {counted(reach)} to go back, got {units}: {self._limits(reach)}")
         return unit
 
     def snapshot(self, *, portable: bool = False) -> Snapshot:
@@ -422,14 +422,12 @@ class Stream:
         """How far back one can go, and why no further."""
         cap, entry = self._worker.journal_sizes()
         if cap == 0:
-            return "it has no journal (journal_bytes=0)"
+            return "it has no journal; make the stream with journal_bytes above 0"
         if entry > cap:
             return f"the journal has {cap} bytes and one unit needs {entry}; make the stream with more journal_bytes"
         if reach > self.unit:
-            return f"the stream is {reach} units long"
-        return (
-            f"the journal reaches {reach} back; make the stream with more journal_bytes (now {cap}), or take snapshots"
-        )
+            return f"the stream is {counted(reach)} long; go back less far"
+        return f"the journal reaches no further; make the stream with more journal_bytes (now {cap}), or take snapshots"
 
     def _refuse_compat(self, what: str) -> None:
         if self.config.reference_compat:
@@ -451,3 +449,8 @@ class Stream:
         if text.kind == "table" and not words.strip():
             return np.zeros((text.length, text.width), dtype=np.float32)
         return self._encode(words).rows
+
+
+def counted(units: int) -> str:
+    """1 unit, 2 units."""
+    return f"{units} unit{'' if units == 1 else 's'}"

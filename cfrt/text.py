@@ -101,7 +101,10 @@ class TableText:
         """Rows for every phrase in the table, each concept once; PromptError when there is none."""
         found, unknown = self._match(check(prompt))
         if not found:
-            raise PromptError(f"the model knows no word of {prompt!r}; it knows, for instance: {self._examples()}")
+            raise PromptError(
+                f"expected words that the model knows, got none: the model knows no word of {prompt!r}; "
+                f"it knows, for instance: {self._examples()}"
+            )
         length = self._config.length
         kept, dropped = list(found)[:length], list(found)[length:]
         rows = np.zeros((length, self._config.width), dtype=np.float32)

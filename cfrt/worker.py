@@ -36,6 +36,11 @@ CALLED_OFF = 4
 """Times that one unit may be made again, so that prompts in quick succession cannot hold up the frames for ever."""
 
 
+def closed() -> CfrtError:
+    """What is raised when more is asked of a stream that has ended."""
+    return CfrtError("expected a stream that runs, got a closed one; make a new one")
+
+
 class Worker:
     """Makes units in a thread of its own. The methods of the consumer's side may be called from any thread."""
 
@@ -200,6 +205,8 @@ class Worker:
             ring=(held, geometry.capacity - 2 * geometry.unit),
             unit_duration=duration,
             dropped=self._playback.dropped,
+            stalls=self._playback.clock.stalls,
+            stalled=self._playback.clock.moved,
             journal_bytes=self._maker.journal.nbytes,
         )
 
@@ -274,7 +281,7 @@ class Worker:
         if self._error is not None:
             raise self._error
         if self._closed:
-            raise CfrtError("this stream is closed; make a new one")
+            raise closed()
 
     def _call(self, task: Callable[[], T]) -> T:
         """What `task` gives when the worker runs it between two units."""
@@ -297,7 +304,7 @@ class Worker:
     # ------------------------------------------------------------------ the thread's side
 
     def _run(self) -> None:
-        error: BaseException = CfrtError("this stream is closed; make a new one")
+        error: BaseException = closed()
         try:
             while (job := self._job()) is not None:
                 job()

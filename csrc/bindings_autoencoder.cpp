@@ -66,6 +66,9 @@ struct BoundAutoencoder {
               },
               frames, *threads) {}
 
+    BoundAutoencoder(const BoundAutoencoder& of, const Pool& pool)
+        : threads(take(pool)), autoencoder(of.autoencoder, *threads) {}
+
     Array<std::uint8_t> decode(const Array<float>& latents, const std::optional<Array<float>>& previous) {
         const AutoencoderShape& s = autoencoder.shape();
         check(latents.ndim() == 4 && latents.shape(0) >= 1, "expected latents [frames, channels, rows, columns]");
@@ -103,6 +106,10 @@ void bind_autoencoder(py::module_& m) {
         .def("decode", &BoundAutoencoder::decode, "latents"_a, "previous"_a = py::none(),
              "Pixels [f, H, W, 3] uint8 of latents [n, C, h, w]; without `previous` the first gives one frame.")
         .def("encode", &BoundAutoencoder::encode, "picture"_a, "The latent frame [C, h, w] of a picture [H, W, 3].")
+        .def(
+            "twin",
+            [](const BoundAutoencoder& a, const Pool& pool) { return std::make_unique<BoundAutoencoder>(a, pool); },
+            "threads"_a = 1, py::keep_alive<0, 2>(), "Another one with the same weights, which are in memory once.")
         .def_property_readonly("bytes", [](const BoundAutoencoder& a) { return a.autoencoder.bytes(); });
 }
 

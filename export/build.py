@@ -10,7 +10,7 @@ from cfrt.text import TABLE
 
 from . import pixels, transformer
 from .graph import rounded
-from .quantize import is_quantised
+from .quantize import FORMATS, is_quantised, value_scales
 from .segments import activations
 from .sources import Source, Tensors, shapes_of
 
@@ -56,9 +56,11 @@ class Chosen(Mapping[str, np.ndarray]):
 
 
 def outside(source: Source, precision: str) -> dict[str, np.ndarray]:
-    """Everything that no graph holds: the norms of the kernels between them, and the model's own rows of text."""
+    """Everything that no graph holds: the norms of the kernels between them, the scales of the values in a ring of 8
+    bits, and the model's own rows of text."""
     table = {} if source.table is None else {TABLE: np.asarray(source.table, dtype=np.float32)}
-    return norms(source, precision) | table
+    scales = {"v_scale": value_scales(source.ranges, source.config)} if precision in FORMATS else {}
+    return norms(source, precision) | scales | table
 
 
 def norms(source: Source, precision: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""How large do the inputs of a product become? Seen in streams of `cfrt.nn` in fp32, before anything is quantised.
+"""What are the inputs of a product like? Seen in streams of `cfrt.nn` in fp32, before anything is quantised.
 
 Every prompt is one stream of the student as it will run: its own step lists, noise, ring and clean passes. Random
 weights have no prompts that they could read: they are shown random text and noise, a few tokens of it, which is what
@@ -15,26 +15,32 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from cfrt import flow, noise
+from cfrt import flow, memory, noise
 from cfrt.config import ModelConfig
 from cfrt.errors import ExportError
 from cfrt.nn.dit import CausalDiT, TextKV
 from cfrt.nn.ring import RingCache
+from cfrt.predict import Shape
 from cfrt.text import TABLE as TEXT_TABLE
 from cfrt.text import encoder
 
 from .draft import Draft, key, source_of, write_bytes
 from .options import Checkpoint
-from .quantize import FORMATS, KEPT, TABLE, rows
+from .quantize import FORMATS, KEPT, MEAN, OUTPUT, TABLE, kept_share, rows, values
 from .sources import RANDOM, Source
 
 FILE = "calibration.safetensors"
 """In the bundle: the ranges that its scales come from."""
 UNITS = 8
 """Of each stream."""
+OPERATIONS, MEMORY, READING, START = 60e9, 8e9, 2e8, 2e-3
+"""Operations, bytes of weights that pass by and bytes that are read first, a second each; seconds for each pass. What
+PyTorch in fp32 does on one core of an AMD EPYC, roughly."""
+SAMPLES, PICKED = 256, 4
+"""Rows that are kept of each product's inputs, and looked at in each pass."""
 SEED = 1
 PROMPTS = (
     "a large red circle moving left over the ocean",
@@ -58,13 +64,24 @@ class Calibration:
     config: ModelConfig
     """The model's, or the same with fewer tokens."""
 
-    def run(self, source: Source, made: Draft) -> tuple[Source, dict[str, Any]]:
+    @property
+    def seconds(self) -> float:
+        """About what one core takes: to make the network, and for all passes by their operations and weights."""
+        config, weights = self.config, 4.0 * memory.parameters(self.config)
+        total = 0.0
+        for unit in range(UNITS):
+            shape = Shape(config, min((unit + 1) * config.unit, config.window + config.sinks))
+            operations = shape.products + shape.attention + shape.cross_attention
+            total += (len(config.unit_steps(unit)) + 1) * (operations / OPERATIONS + weights / MEMORY + START)
+        return weights / READING + len(self.texts) * total
+
+    def run(self, source: Source, made: Draft, precision: str) -> tuple[Source, dict[str, Any]]:
         """The source with its ranges, which are put in the draft or found there; and notes for the manifest."""
         begin = perf_counter()
         weights = (part for name in sorted(source.dit) for part in (name, source.dit[name].tobytes()))
         texts = (text.tobytes() for text in self.texts)
-        content = key(source_of(("calibrate", "quantize")), repr(self.config), *texts, *weights)
-        again = made.make(FILE, content, lambda path: write_bytes(save(self.observe(source)), path))
+        content = key(source_of(("calibrate", "quantize")), repr(self.config), precision, *texts, *weights)
+        again = made.make(FILE, content, lambda path: write_bytes(save(self.observe(source, precision)), path))
         notes = {
             "prompts": self.origin,
             "streams": len(self.texts),
@@ -75,30 +92,65 @@ class Calibration:
         return replace(source, ranges=load_file(made.folder / FILE)), notes
 
     @torch.no_grad()
-    def observe(self, source: Source) -> dict[str, np.ndarray]:
-        """The largest |x| of each input of each product that will be quantised: `quantize.Ranges`."""
+    def observe(self, source: Source, precision: str) -> dict[str, np.ndarray]:
+        """`quantize.Ranges`, of all products that will be quantised in this precision, and of the ring's values."""
         dit = CausalDiT.from_arrays(self.config, source.dit).eval()
-        seen: dict[str, Tensor] = {}
-        for _, layers in rows(self.config):
-            for layer in layers:  # the clean pass of the last block asks for fewer of them
-                dit.get_submodule(layer).register_forward_pre_hook(_watch(layers[0], seen))
-        passes = len(self.texts) * UNITS
-        with tqdm(total=passes, desc="calibration", unit="unit", leave=False) as bar:
+        products = {layers[0]: Seen() for _, layers in rows(self.config)}
+        for _, layers in rows(self.config):  # the last one: the clean pass of the last block has no q
+            dit.get_submodule(layers[-1]).register_forward_pre_hook(_entering(products[layers[0]]))
+        ring_values = {values(block): Seen() for block in range(self.config.depth)}
+        for name, seen in ring_values.items():
+            dit.get_submodule(name.removesuffix(OUTPUT)).register_forward_hook(_leaving(seen))
+        self._play(dit)
+        found = {name: seen.largest.numpy() for name, seen in ring_values.items()}
+        for row, layers in rows(self.config):
+            seen = products[layers[0]]
+            weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
+            largest, samples = seen.largest.numpy(), torch.cat(seen.samples).numpy()
+            share = kept_share(samples, weight, largest, precision, balanced=row.balanced is not None)
+            found |= {layers[0]: largest * np.float32(share), layers[0] + MEAN: seen.mean.numpy()}
+        return found
+
+    def _play(self, dit: CausalDiT) -> None:
+        with tqdm(total=len(self.texts) * UNITS, desc="calibration", unit="unit", leave=False) as bar:
             for number, rows_of_text in enumerate(self.texts):
                 ring, text = RingCache(self.config), dit.text_kv(torch.from_numpy(rows_of_text)[None, None])
                 for unit in range(UNITS):
                     latents = _played(dit, text, ring, unit, SEED + number)
                     dit.commit(latents, text, ring, unit)
                     bar.update()
-        return {name: largest.float().numpy() for name, largest in seen.items()}
 
 
-def _watch(name: str, seen: dict[str, Tensor]) -> Any:
-    def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        largest = inputs[0].abs().flatten(0, -2).amax(0)
-        seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
+class Seen:
+    """What has passed one place: the largest |x| and the mean of each channel, and some rows."""
 
-    return watch
+    def __init__(self) -> None:
+        self.largest, self.samples = torch.zeros(()), list[Tensor]()
+        self._sum, self._count = torch.zeros(()), 0
+        self._random = torch.Generator().manual_seed(SEED)
+
+    def add(self, x: Tensor) -> None:
+        """Rows [..., d]; a few of them are kept, from now and before alike."""
+        x = x.flatten(0, -2).float()
+        self.largest = torch.maximum(self.largest, x.abs().amax(0))
+        self._sum, self._count = self._sum + x.double().sum(0), self._count + len(x)
+        for row in x[torch.randint(len(x), (PICKED,), generator=self._random)].split(1):
+            if len(self.samples) < SAMPLES:
+                self.samples.append(row)
+            elif torch.rand((), generator=self._random) < SAMPLES / self._count:
+                self.samples[int(torch.randint(SAMPLES, (), generator=self._random))] = row
+
+    @property
+    def mean(self) -> Tensor:
+        return (self._sum / self._count).float()
+
+
+def _entering(seen: Seen) -> Any:
+    return lambda module, inputs: seen.add(inputs[0])
+
+
+def _leaving(seen: Seen) -> Any:
+    return lambda module, inputs, output: seen.add(output)
 
 
 def _played(dit: CausalDiT, text: TextKV, ring: RingCache, unit: int, seed: int) -> Tensor:
@@ -175,7 +227,9 @@ def described(calibration: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {
         "format": {"int8": "int8", "fp8": "fp8 E4M3"}[precision],
         "weights": "a scale for each output, from its largest number",
-        "activations": "a static scale for the tensor, from the largest number seen in calibration",
+        "activations": "a static scale for the tensor, from the share of the largest number seen that costs least",
+        "biases": "without what rounded weights add to the mean",
+        "ring": "on a GPU: queries and keys in int8, values in fp8 E4M3; not in what was verified here",
         "products": {"+".join(row.layers): {"inputs balanced in": row.balanced} for row in TABLE},
         "kept": list(KEPT),
         "calibration": dict(calibration),

@@ -17,7 +17,7 @@ from cfrt.bundle import OUT, Segment
 from cfrt.errors import ExportError
 
 from . import graph_rules
-from .quantize import FORMATS, Product, Ranges, quantise, row_of
+from .quantize import FORMATS, Product, Ranges, product_of, row_of
 
 OPSET = 23
 """The first with Attention and RMSNormalization, each one node that engine builders fuse."""
@@ -104,6 +104,7 @@ class Graph:
             )
         else:
             x, weight = self._narrowed(name, x, product), self._widened(name, product)
+            bias = bias - product.shift
         return self.op("Add", self.op("MatMul", x, weight, name=name), self.constant(f"{name}.bias", bias))
 
     def inverse_factors(self, *layers: str) -> np.ndarray | None:
@@ -119,8 +120,7 @@ class Graph:
             weight = np.concatenate([self._weights[f"{layer}.weight"] for layer in layers]).T
             if not np.isfinite(weight).all():
                 raise ExportError(f"{layers[0]}.weight holds values that are not finite; mend the file")
-            largest = self._ranges[layers[0]]
-            self._products[layers] = quantise(weight, largest, self._format, balanced=row.balanced is not None)
+            self._products[layers] = product_of(row, layers, weight, self._ranges, self._format)
         return self._products[layers]
 
     def _narrowed(self, name: str, x: Value, product: Product) -> Value:

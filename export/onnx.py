@@ -103,7 +103,7 @@ class Export:
         """With the ranges of all that is quantised, and notes about them."""
         if self.calibration is None:
             return self, {}
-        source, seen = self.calibration.run(self.source, made)
+        source, seen = self.calibration.run(self.source, made, self.precision)
         return replace(self, source=source), {"quantization": calibrate.described(seen, self.precision)}
 
     def _graphs(self, made: Draft) -> None:
@@ -136,18 +136,19 @@ class Export:
 
     def __str__(self) -> str:
         config, total = self.source.config, sum(self.sizes.values())
-        height, width = config.frame_size
+        (height, width), own = config.frame_size, memory.parameters(config)
         exported = [segment.name for segment in self.segments if segment.name in PIXELS]
         kinds = (config.autoencoder.kind if name == "encoder" else self.source.decoder for name in exported)
         seconds = total / RATE + sum(SECONDS[kind] for kind in kinds)
         lines = [
-            f"{config.name}: {memory.parameters(config) / 1e6:.1f} M parameters, {width}x{height} pixels, "
-            f"F = {config.unit}, W = {config.window}, K = {config.sinks}",
+            f"{config.name}: {self.source.parameters / 1e6:.2f} M parameters, {own / 1e6:.2f} M of them in the "
+            f"transformer; {width}x{height} pixels, F = {config.unit}, W = {config.window}, K = {config.sinks}",
             f"weights from {self.source.origin}; decoder {self.source.decoder}; {self._format()} graphs",
             f"{len(self.segments)} segments, about {total / 1e6:.0f} MB and {seconds:.0f} s; verified: {self.level}",
         ]
         if self.calibration is not None:
-            lines.append(f"calibration: {len(self.calibration.texts)} streams, prompts {self.calibration.origin}")
+            count, more = len(self.calibration.texts), max(1.0, self.calibration.seconds)
+            lines.append(f"calibration: {count} streams, prompts {self.calibration.origin}; about {more:.0f} s more")
         if self.text is not None:
             lines.append(f"text encoder: int8, {self.text.bytes / 1e6:.0f} MB")
         return "\n".join([*lines, *(f"  {name:<14} {size / 1e6:9.2f} MB" for name, size in self._by_kind().items())])

@@ -28,8 +28,8 @@ TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Decode(nn.Module):
-    """One latent frame [C, h, w], fp32, and the state before it -> pixels [f, 3, H, W] in [0, 1] and the next state.
-    Without a state: the first latent frame of a clip, and only `written` of the state, the rest being zeros."""
+    """One latent frame [C, h, w], fp32, and the state before it -> pixels [f, 3, H, W] in [0, 1], fp32, and the next
+    state. Without a state: the first latent frame of a clip, and only `written` of the state, the rest being zeros."""
 
     def __init__(self, module: Codec, dtype: torch.dtype, written: Sequence[int]) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class Decode(nn.Module):
         x = latent.to(self.dtype)[None, None]
         if isinstance(self.module, Autoencoder):
             video, last = self.module.decode(x, *state)
-            return video[0], last
+            return video[0].float(), last
         video, left = self.module.decode(x, state or None)
-        return (video[0], *(left[i] for i in self.written))
+        return (video[0].float(), *(left[i] for i in self.written))
 
 
 class Encode(nn.Module):
@@ -61,10 +61,10 @@ def build(segment: Segment, config: ModelConfig, weights: Mapping[str, np.ndarra
         module = _module(config, weights, config.autoencoder.kind, "fp32")
         assert not isinstance(module, TAEHV)  # a layout has no encoder there
         return _exported(Encode(module), segment)
-    video, *state = segment.outputs
-    written = [int(port.name.removeprefix(STATE)) for port in state]
-    module = _module(config, weights, decoder, video.dtype)
-    return _exported(Decode(module, TORCH[video.dtype], written), segment)
+    _, *state = segment.outputs
+    written, dtype = [int(port.name.removeprefix(STATE)) for port in state], state[0].dtype
+    module = _module(config, weights, decoder, dtype)
+    return _exported(Decode(module, TORCH[dtype], written), segment)
 
 
 def _module(config: ModelConfig, weights: Mapping[str, np.ndarray], kind: str, dtype: str) -> Codec:

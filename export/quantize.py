@@ -12,7 +12,11 @@ channels. f is of powers of two, so nothing is rounded by it, and it is folded i
 the rows of a modulation, or the weight and bias of a norm. Where only an attention or a GELU comes before, there is no
 such place, and f is 1.
 
-Legend: in and out, the widths of a product.
+What is cut off and what is rounded are two errors, and in int8 one is traded for the other: calibration lowers the
+largest number that a scale is made for as long as the product comes closer (`kept_share`). Rounded weights move the
+mean of an output, always the same way, and a stream adds that up frame by frame: it is taken off the bias again.
+
+Legend: in and out, the widths of a product; R rows of samples.
 """
 
 import re
@@ -25,7 +29,13 @@ import numpy as np
 from cfrt.config import ModelConfig
 
 Ranges = Mapping[str, np.ndarray]
-"""The first layer of a product -> the largest |x| of each of its inputs, fp32 [in]."""
+"""The first layer of a product -> the largest |x| of each of its inputs that a scale is made for, fp32 [in]; that name
+and MEAN -> the mean of each; `values(block)` -> the largest of the values that go into the ring, [d]."""
+OUTPUT, MEAN = ".output", ".mean"
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Of the largest number seen, that are tried."""
+RING_ROOM = 2
+"""How much larger than the largest seen a value in the ring may become: a floating format loses nothing by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +98,8 @@ class Product:
     input_scale: np.float32
     inverse_factors: np.ndarray | None
     """1 / f, fp32 [in], powers of two; None where there is no place for them."""
+    shift: np.ndarray
+    """What rounding the weight adds to the mean of the outputs, fp32 [out]."""
 
     def dequantised(self) -> np.ndarray:
         """The weight as the product sees it, f inside, fp32 [in, out]."""
@@ -114,20 +126,59 @@ def is_quantised(name: str) -> bool:
     return kind == "weight" and any(layer in row.layers for row in TABLE)
 
 
-def quantise(weight: np.ndarray, largest: np.ndarray, precision: str, *, balanced: bool) -> Product:
-    """The product with fp32 weight [in, out], whose inputs reach `largest` [in]."""
+def quantise(
+    weight: np.ndarray, largest: np.ndarray, precision: str, *, balanced: bool, mean: np.ndarray | None = None
+) -> Product:
+    """The product with fp32 weight [in, out], whose inputs reach `largest` [in] and are `mean` [in] on average."""
     known = FORMATS[precision]
     inverse = None
     if balanced:
         inverse = inverse_factors(weight, largest)
         weight, largest = weight / inverse[:, None], largest * inverse
     scale = _scale(np.abs(weight).max(axis=0), known)
+    narrow = _narrowed(weight / scale, known)
+    even = np.zeros(len(weight), np.float32) if mean is None else mean * (1 if inverse is None else inverse)
     return Product(
-        weight=_narrowed(weight / scale, known),
+        weight=narrow,
         weight_scale=scale,
         input_scale=np.float32(_scale(largest.max(), known)),
         inverse_factors=inverse,
+        shift=even @ (narrow.astype(np.float32) * scale - weight),
     )
+
+
+def product_of(row: Row, layers: tuple[str, ...], weight: np.ndarray, ranges: Ranges, precision: str) -> Product:
+    """The product of a row of the table, with what calibration has seen."""
+    name = layers[0]
+    return quantise(weight, ranges[name], precision, balanced=row.balanced is not None, mean=ranges[name + MEAN])
+
+
+def kept_share(
+    samples: np.ndarray, weight: np.ndarray, largest: np.ndarray, precision: str, *, balanced: bool
+) -> float:
+    """Of SHARES, the share of `largest` [in] at which rounding `samples` [R, in] moves their product with weight
+    [in, out] least."""
+    known = FORMATS[precision]
+    inverse = inverse_factors(weight, largest) if balanced else np.ones(len(largest), np.float32)
+    x, reach = samples * inverse, (largest * inverse).max()
+    errors = []
+    for share in SHARES:
+        scale = _scale(share * reach, known)
+        rounded = _narrowed(x / scale, known).astype(np.float32) * scale
+        errors.append(np.square(((rounded - x) / inverse) @ weight).sum())
+    return SHARES[int(np.argmin(errors))]
+
+
+def values(block: int) -> str:
+    """What a block puts into the ring, among ranges."""
+    return f"blocks.{block}.self_attn.v{OUTPUT}"
+
+
+def value_scales(ranges: Ranges, config: ModelConfig) -> np.ndarray:
+    """fp32 [layers, d]: of each channel of the ring's values in e4m3."""
+    largest = np.stack([ranges[values(block)] for block in range(config.depth)])
+    scales: np.ndarray = np.where(largest == 0, 1, RING_ROOM * largest / FORMATS["fp8"].largest).astype(np.float32)
+    return scales
 
 
 def inverse_factors(weight: np.ndarray, largest: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ and the attention over it are the host's kernels.
     decoder_start, decoder         a latent frame to pixels; the first of a clip apart where that is another graph (Wan)
     encoder                        a picture to latents, for streams that start from one
 
-Everything has batch 1 and a fixed size. Latents, text rows and time features are fp32 where they come in or go out, so
-that a host needs no other format; all between is of `activations(precision)`.
+Everything has batch 1 and a fixed size. Latents, text rows, time features and pixels are fp32 where they come in or go
+out, so that a host needs no other format and no level of 255 is rounded; all between is of `activations(precision)`.
 
 Legend: M = F N tokens of a unit, d width, H heads, D = d/H, L text rows, C latent channels, h x w the latent grid.
 """
@@ -138,7 +138,7 @@ def _decoder(config: ModelConfig, precision: str, decoder: str) -> list[Segment]
         for i, left in enumerate(state_after_start(own, config))
     ]
     ports = [port for port, _ in state]
-    video = Port(name="video", shape=(own.temporal, 3, *config.frame_size), dtype=act)
+    video = Port(name="video", shape=(own.temporal, 3, *config.frame_size), dtype="fp32")
     segments = [_segment("decoder", [latent, *ports], [video, *ports])]
     if starts_apart(decoder):  # it leaves zeros where it does not write
         first = replace(video, shape=(1, *video.shape[1:]))

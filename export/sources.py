@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,13 @@ class Source:
     """Where the transformer's weights come from, in words."""
     ranges: Ranges = field(default_factory=dict, repr=False)
     """Of the inputs of products in 8 bits, once they were seen."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in everything that is exported: transformer, text, and what makes pixels and reads them, once."""
+        parts = [self.dit, self.decodes, *([] if self.encodes is self.decodes else [self.encodes])]
+        own = sum(prod(shape) for part in parts if part is not None for shape in shapes_of(part).values())
+        return own + (0 if self.table is None else self.table.size)
 
 
 class Lazy(Mapping[str, np.ndarray]):
@@ -202,12 +210,14 @@ def _random(config: ModelConfig, decoder: str) -> Source:
         ]
     rows = max(config.text.vocab.values(), default=0) + 1
     table = _drawn(TABLE, (rows, config.text.width)) * (np.arange(rows) > 0)[:, None]
+    encodes = Lazy(names[0], lambda name: _drawn(name, names[0][name]))
+    other = Lazy(names[1], lambda name: _drawn(name, names[1][name]))
     return Source(
         config=config,
         decoder=decoder,
         dit=Lazy(shapes.dit(config), lambda name: _drawn(name, shapes.dit(config)[name])),
-        encodes=Lazy(names[0], lambda name: _drawn(name, names[0][name])),
-        decodes=Lazy(names[1], lambda name: _drawn(name, names[1][name])),
+        encodes=encodes,
+        decodes=encodes if decoder == config.autoencoder.kind else other,
         table=table.astype(np.float32) if config.text.kind == "table" else None,
         origin="random numbers",
     )

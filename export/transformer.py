@@ -3,6 +3,9 @@
 Modulation is one vector for all tokens, as a unit has one time; so a modulated norm is one LayerNormalization whose
 scale and shift are computed. Tensors of the model are named as Wan names them.
 
+No node knows how many streams there are: the same graph takes the tokens of several side by side, all at one time, once
+its ports are told so (`cfrt.engines.chorus`).
+
 Legend: M tokens of a unit, d width, L text rows.
 """
 
@@ -138,11 +141,12 @@ def _layer(graph: Graph, config: ModelConfig, layer: int) -> Value:
 
 def _cross_attention(graph: Graph, config: ModelConfig, layer: str, x: Value) -> Value:
     q = graph.rms_norm(graph.linear(x, f"{layer}.q"), graph.weight(f"{layer}.norm_q.weight"))
-    batch = graph.integers(0)
-    wide = [graph.op("Unsqueeze", value, batch) for value in (q, "text_k", "text_v")]
+    tokens, length, width = config.unit * config.frame_tokens, config.text.length, config.width
+    rows = ((q, tokens), ("text_k", length), ("text_v", length))
     heads = {"q_num_heads": config.heads, "kv_num_heads": config.heads}
-    y = graph.op("Attention", *wide, name=f"{layer}.attention", **heads)
-    return graph.linear(graph.op("Squeeze", y, batch), f"{layer}.o")
+    streams = [graph.reshape(value, -1, count, width) for value, count in rows]
+    y = graph.op("Attention", *streams, name=f"{layer}.attention", **heads)
+    return graph.linear(graph.reshape(y, -1, width), f"{layer}.o")
 
 
 def _modulated(graph: Graph, x: Value, table: Value, first: int, layers: Sequence[str]) -> Value:
@@ -176,14 +180,14 @@ def _patches(graph: Graph, config: ModelConfig) -> Value:
     """[M, C ph pw] of latents [F, C, h, w]."""
     (rows, columns), (_, ph, pw) = config.token_grid, config.patch
     x = graph.cast("latents", graph.dtype)
-    x = graph.reshape(x, config.unit, config.latent_channels, rows, ph, columns, pw)
+    x = graph.reshape(x, -1, config.latent_channels, rows, ph, columns, pw)
     x = graph.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
-    return graph.reshape(x, config.unit * config.frame_tokens, config.patch_width)
+    return graph.reshape(x, -1, config.patch_width)
 
 
 def _unpatched(graph: Graph, config: ModelConfig, y: Value) -> Value:
     """Latents [F, C, h, w] of [M, ph pw C]: channels run fastest, as Wan has it."""
     (rows, columns), (_, ph, pw) = config.token_grid, config.patch
-    y = graph.reshape(y, config.unit, rows, columns, ph, pw, config.latent_channels)
+    y = graph.reshape(y, -1, rows, columns, ph, pw, config.latent_channels)
     y = graph.op("Transpose", y, perm=[0, 5, 1, 3, 2, 4])
-    return graph.reshape(y, config.unit, config.latent_channels, *config.latent_grid)
+    return graph.reshape(y, -1, config.latent_channels, *config.latent_grid)

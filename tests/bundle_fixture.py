@@ -1,6 +1,7 @@
 """Exported models for tests: sources with random weights, and the onnx engine on graphs that were just built."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from onnx import ModelProto
@@ -8,6 +9,7 @@ from student_fixture import random_weights
 
 from cfrt.bundle import Segment
 from cfrt.config import ModelConfig
+from cfrt.engines.chorus import Chorus, ChorusEngine
 from cfrt.engines.onnx import CpuDevice, OnnxEngine
 from cfrt.engines.twin import widen
 from cfrt.weights import part
@@ -49,15 +51,26 @@ _MADE: dict[tuple[Segment, str | None], ModelProto] = {}
 
 def onnx_engine(config: ModelConfig, seed: int = 5) -> OnnxEngine:
     """Prepared, in fp32, with `random_weights`."""
+    return _connected(OnnxEngine(), config, lambda norms: CpuDevice(config, norms, seed=seed))
+
+
+def chorus_engine(config: ModelConfig, seeds: Sequence[int]) -> ChorusEngine:
+    """The same for several streams."""
+    return _connected(ChorusEngine(seeds), config, lambda norms: Chorus(config, norms, seeds))
+
+
+E = TypeVar("E", bound=OnnxEngine)
+
+
+def _connected(engine: E, config: ModelConfig, empty: Callable[[Mapping[str, np.ndarray]], CpuDevice]) -> E:
     source = source_of(config)
     segments, made = graphs(source)
-    device = CpuDevice(config, norms(source, "fp32"), seed=seed)
+    device = empty(norms(source, "fp32"))
     for segment in segments:
         twin = ModelProto()
         twin.CopyFrom(made[segment.name])
         widen(twin)
         device.load(segment, twin.SerializeToString())
-    engine = OnnxEngine()
     engine.precision = "fp32"
     engine.connect(device, config, segments)
     return engine

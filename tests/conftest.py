@@ -4,10 +4,11 @@ silent skip in CI."""
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`; last, so that the installed cfrt is what is tested
 
@@ -20,6 +21,7 @@ from hypothesis import settings
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 GPU_RUNNER = os.environ.get("CFRT_GPU") == "1"
+RAY_RUNNER = os.environ.get("CFRT_RAY") == "1"
 BESIDE_A_GPU = "host code of CUDA run by ptxsim dies beside a GPU's own CUDA; there the gpu tests run its kernels"
 
 settings.register_profile("cfrt", deadline=None, derandomize=CI, max_examples=50, print_blob=True)
@@ -35,12 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A gpu test is skipped where there is no GPU, and fails there when the runner is said to have one."""
-    if item.get_closest_marker("gpu") is None or gpu_present():
-        return
-    if GPU_RUNNER:
-        pytest.fail("CFRT_GPU=1, but torch sees no CUDA device", pytrace=False)
-    pytest.skip("no GPU")
+    """What a runner does not have is skipped there, and fails when the runner is said to have it."""
+    if item.get_closest_marker("gpu") is not None and not gpu_present():
+        if GPU_RUNNER:
+            pytest.fail("CFRT_GPU=1, but torch sees no CUDA device", pytrace=False)
+        pytest.skip("no GPU")
+    if item.get_closest_marker("ray") is not None and find_spec("ray") is None:
+        if RAY_RUNNER:
+            pytest.fail("CFRT_RAY=1, but there is no Ray; pip install 'cfrt[ray]'", pytrace=False)
+        pytest.skip("no Ray; make test-ray")
 
 
 @cache  # asked before anything is hidden
@@ -79,8 +84,9 @@ def hide_gpu(patch: pytest.MonkeyPatch) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator:
     """In CI a test that runs on any machine is not skipped: a missing oracle is a failure."""
     report = yield
+    lent = any(item.get_closest_marker(name) is not None for name in ("gpu", "ray"))
     meant = hasattr(report, "wasxfail") or BESIDE_A_GPU in str(report.longrepr)
-    if CI and report.skipped and not meant and item.get_closest_marker("gpu") is None:
+    if CI and report.skipped and not meant and not lent:
         report.outcome, report.longrepr = "failed", f"skipped in CI: {call.excinfo and call.excinfo.value}"
     return report
 
@@ -105,6 +111,54 @@ def _random_state() -> Iterator[None]:
     np.random.set_state(numpy)
     if of_torch is not None:
         torch.set_rng_state(of_torch)
+
+
+# ---------------------------------------------------------------------- streams, servers
+
+
+@pytest.fixture(scope="module")
+def folders() -> Iterator:
+    """The folder of each of `stream_fixture.CONFIGS`."""
+    from stream_fixture import saved
+
+    with saved() as folder_of:
+        yield folder_of
+
+
+@pytest.fixture
+def open_stream(folders: Callable[[int], Path]) -> Iterator:
+    """Makes streams that end with the test."""
+    from stream_fixture import opening
+
+    with opening(folders) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator:
+    """A server in this process with limits that no test reaches."""
+    from serve_fixture import GENEROUS, running
+
+    with running(limits=GENEROUS) as server:
+        yield server
+
+
+@pytest.fixture
+def name(served: Any) -> Iterator[str]:
+    """A stream on it."""
+    name = served.new()
+    yield name
+    served.http.delete(f"/streams/{name}")
+
+
+@pytest.fixture
+def client(served: Any) -> Any:
+    from cfrt.serve.client import Client
+
+    return Client(served.url)
+
+
+# ---------------------------------------------------------------------- tools
 
 
 @pytest.fixture(scope="session")

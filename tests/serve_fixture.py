@@ -1,25 +1,30 @@
 """A server of `cfrt serve` in a thread of the test process, on a free port of this machine."""
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 import websockets.sync.client as ws
 
 from cfrt.serve.app import create_app, listen, settings
+from cfrt.serve.limits import Limits
 from cfrt.serve.making import streams
 
 PROMPT = "a large red circle moving left"
 OTHER = "a large blue square moving up"
 HOSTS = frozenset({"127.0.0.1", "localhost"})
+GENEROUS = Limits(streams=64, creations_per_minute=6000, messages_per_second=1000)
 PATIENCE = 60
 """Seconds that tests wait for what takes none on an idle machine."""
 
@@ -53,7 +58,7 @@ def running(*, token: str | None = None, **options: Any) -> Iterator[Served]:
     make, card = streams(threads=1)
     app = create_app(make, card, token=token, hosts=HOSTS, addresses=["127.0.0.1"], **options)
     config = settings(app, "127.0.0.1", 0)
-    socket = listen(config)
+    socket = listen("127.0.0.1", 0)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
@@ -76,9 +81,9 @@ def tool(*names: str) -> str:
 
 
 @contextmanager
-def process(port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def process(*options: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`cfrt serve` as a process of its own, and its address."""
-    command = [sys.executable, "-m", "cfrt", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "cfrt", "serve", "--port", str(port), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -86,3 +91,33 @@ def process(port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         finally:
             server.send_signal(signal.SIGINT)
             server.communicate(timeout=PATIENCE)
+
+
+def eventually(true: Any, seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
+
+
+def colour(pixels: np.ndarray) -> str:
+    """Which of red, green and blue stands out most from the others in some pixel."""
+    values = pixels.astype(int)
+    lead = [(values[..., i] - np.delete(values, i, axis=-1).max(-1)).max() for i in range(3)]
+    return ("red", "green", "blue")[int(np.argmax(lead))]
+
+
+def texts(socket: Any, count: int) -> list[str]:
+    return [message for _ in range(count) if isinstance(message := socket.recv(timeout=PATIENCE), str)]
+
+
+def answer_to(socket: Any, number: int | None) -> dict[str, Any]:
+    """The answer to the message of that number, whatever comes before it."""
+    while True:
+        message = socket.recv(timeout=PATIENCE)
+        if (
+            isinstance(message, str)
+            and (told := json.loads(message))["type"] in ("done", "error")
+            and told["id"] == number
+        ):
+            return told

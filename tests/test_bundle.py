@@ -193,3 +193,22 @@ def test_unknown_and_missing_keys_are_named(folder: Path) -> None:
 def test_reading_a_bundle_needs_no_framework() -> None:
     code = "import sys, cfrt.bundle; assert not {'torch', 'onnx'} & sys.modules.keys(), sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_note_is_written_whole_or_not_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(folder)
+    bundle.annotate("quality", {"valid": 1})
+    bundle.annotate("quality", {"valid": 2})
+    assert bundle.manifest.notes == Bundle.open(folder).manifest.notes == {"why": None, "quality": {"valid": 2}}
+    before = (folder / MANIFEST).read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(BundleError, match=r"cannot be written .*No space left.* it is as it was"):
+        bundle.annotate("quality", {"valid": 3})
+    assert (folder / MANIFEST).read_bytes() == before
+    assert bundle.manifest.notes["quality"] == {"valid": 2}
+    assert not list(folder.parent.glob(f".{folder.name}*")), "nothing is left beside it"
+    bundle.check()

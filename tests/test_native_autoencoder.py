@@ -1,5 +1,7 @@
 """The native autoencoder against cfrt.nn.autoencoder in fp64: any grid, widths, level, threads and cut of a stream."""
 
+import gc
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -145,6 +147,22 @@ def test_threads_change_no_byte(precision: str, isa: str) -> None:
         several = native(made, grid, precision, isa=isa, frames=3, threads=threads)
         np.testing.assert_array_equal(several.decode(latents), alone.decode(latents))
         np.testing.assert_array_equal(several.encode(picture), alone.encode(picture))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_twin_gives_the_same_bytes_and_outlives_the_first(precision: str) -> None:
+    """Both in the middle of their work: what they share is never written to."""
+    made = network(ODD, 5)
+    first, latents = native(made, (2, 3), precision, frames=2), latents_of(made, 6, (2, 3))
+    expected = first.decode(latents)
+    twin = first.twin(2)
+    with ThreadPoolExecutor(2) as pool:
+        for film in pool.map(lambda one: one.decode(latents), (first, twin)):
+            np.testing.assert_array_equal(film, expected)
+    assert twin.bytes == first.bytes
+    del first
+    gc.collect()
+    np.testing.assert_array_equal(twin.decode(latents), expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

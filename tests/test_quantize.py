@@ -20,13 +20,13 @@ from cfrt.errors import ExportError
 from cfrt.text import TableText
 from cfrt.weights import save_model
 from export import transformer, verify
-from export.build import PIXELS, build
+from export.build import PIXELS, build, outside
 from export.builder import Builder
 from export.calibrate import Calibration, find
 from export.engine_checks import check, quantised_products
 from export.engine_report import read
 from export.onnx import Options, main
-from export.quantize import FORMATS, inverse_factors, quantise, rows
+from export.quantize import FORMATS, MEAN, inverse_factors, kept_share, quantise, rows, value_scales, values
 from export.segments import layout
 from export.sources import Source
 
@@ -37,10 +37,12 @@ Chain = tuple[tuple[Segment, ...], Mapping[str, ModelProto]]
 CONFIG = small_config(window=2, sinks=1, trained_frames=3)
 
 
-def calibrated(source: Source) -> Source:
+def calibrated(source: Source, precision: str = "fp8") -> Source:
     text = TableText(source.config.text, np.asarray(source.table))
     texts = tuple(text.encode(prompt).rows for prompt in (RED, BLUE))
-    return replace(source, ranges=Calibration(origin="a test", texts=texts, config=source.config).observe(source))
+    return replace(
+        source, ranges=Calibration(origin="a test", texts=texts, config=source.config).observe(source, precision)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,44 @@ def test_balancing_helps_where_channels_differ() -> None:
         narrow = np.rint(x * even / product.input_scale).clip(-128, 127) * product.input_scale
         errors.append(np.linalg.norm(narrow @ product.dequantised() - x @ weight))
     assert errors[1] < errors[0] / 3
+
+
+def test_values_in_the_ring_have_room(source: Source) -> None:
+    """Half of what e4m3 reaches, for each channel; 1 where nothing was seen."""
+    largest = np.stack([source.ranges[values(block)] for block in range(CONFIG.depth)])
+    assert largest.shape == (CONFIG.depth, CONFIG.width)
+    assert (largest > 0).all()
+    scales = value_scales(source.ranges, CONFIG)
+    np.testing.assert_allclose(largest / scales, 224, rtol=1e-6)
+    np.testing.assert_array_equal(outside(source, "fp8")["v_scale"], scales)
+    assert "v_scale" not in outside(source, "bf16")
+    silent = {values(block): np.zeros(CONFIG.width, np.float32) for block in range(CONFIG.depth)}
+    assert (value_scales(silent, CONFIG) == 1).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_mean_of_an_output_is_what_it_was(precision: str) -> None:
+    """Rounded weights alone move it; the bias takes that back."""
+    random = np.random.default_rng(0)
+    x, weight = 1 + random.normal(size=(4000, 24)), random.normal(size=(24, 8)).astype(np.float32)
+    largest, mean = np.abs(x).max(axis=0).astype(np.float32), x.mean(axis=0).astype(np.float32)
+    product = quantise(weight, largest, precision, balanced=True, mean=mean)
+    assert product.inverse_factors is not None
+    moved = (x * product.inverse_factors @ product.dequantised() - x @ weight).mean(axis=0)
+    assert np.abs(moved).max() > 1e-3
+    np.testing.assert_allclose(moved, product.shift, atol=1e-5)
+
+
+def test_a_thin_tail_is_cut_off_and_what_all_reach_is_not() -> None:
+    """In int8: for 8 bits the best cut of a Laplace distribution is at about ten of its scales (arXiv:1810.05723). A
+    floating format has little to gain, and loses what it cuts off."""
+    random, weight = np.random.default_rng(0), np.ones((4, 2), np.float32)
+    even = random.uniform(-1, 1, (2000, 4)).astype(np.float32)
+    tail = random.laplace(size=(50_000, 4)).astype(np.float32)
+    reach = [np.abs(x).max(axis=0) for x in (even, tail)]
+    assert kept_share(even, weight, reach[0], "int8", balanced=False) == 1
+    assert 9 < kept_share(tail, weight, reach[1], "int8", balanced=False) * reach[1].max() < 12 < reach[1].max()
+    assert kept_share(even, weight, reach[0], "fp8", balanced=True) == 1
 
 
 # ---------------------------------------------------------------------- graphs
@@ -202,8 +242,9 @@ def test_random_weights_are_shown_random_text() -> None:
     assert shown is not None
     assert shown.origin.startswith("none: random text and noise")
     assert (len(shown.texts), shown.config.frame_tokens) == (1, 4)
-    source = replace(source, ranges=shown.observe(source))
-    assert source.ranges.keys() == {layers[0] for _, layers in rows(source.config)}
+    source = replace(source, ranges=shown.observe(source, "fp8"))
+    products = {layers[0] for _, layers in rows(source.config)}
+    assert source.ranges.keys() == products | {name + MEAN for name in products} | {values(i) for i in range(3)}
     small = verify.few_tokens(source)
     np.testing.assert_array_equal(small.ranges["blocks.1.ffn.0"], source.ranges["blocks.2.ffn.0"])
     assert len(quantised_products(mid(small, "fp8"))) == 6

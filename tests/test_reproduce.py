@@ -65,6 +65,32 @@ def test_clips_bound_the_interval_when_seeds_agree() -> None:
     assert gap["half"] == pytest.approx(0.04 * 2**0.5 / 3**0.5)
 
 
+def test_one_seed_without_an_interval_decides_nothing() -> None:
+    rows = [_row("sf-ode", 1, 0.3, flow_map=0.6), _row("causal-cd", 1, 0.3, flow_map=0.8)]
+    claim = next(line for line in claims.claims(rows).splitlines() if "causal CD beats SF ODE in flow map" in line)
+    assert claim.endswith("| +0.200 | 1 | one seed, no interval |")
+
+
+def test_steps_are_compared_after_dmd_alone() -> None:
+    rows = [_row(init, 1, value, dmd=True, steps=1) for init, value in (("ar-diffusion", 0.6), ("causal-cd", 0.4))]
+    rows += [_row(init, 1, value, steps=4) for init, value in (("ar-diffusion", 0.2), ("causal-cd", 0.7))]
+    lines = [line for line in claims.by_steps(rows, 1).splitlines() if "in instruction" in line]
+    assert len(lines) == 4
+    assert lines[3] == (
+        "| causal CD beats AR diffusion (no stage 2) in instruction "
+        "| -20.0 ± 5.7: the reverse appears | not run | not run |"
+    )
+    assert all(line.endswith("| not run | not run | not run |") for line in lines[:3])
+
+
+def test_costs_of_different_machines_are_not_compared() -> None:
+    ode, cd = _row("causal-ode", 1, 0.3, on=["Xeon"], seconds=90.0), _row("causal-cd", 1, 0.3, seconds=10.0)
+    here = _row("causal-cd", 1, 0.3, on=["Xeon"], seconds=30.0)
+    cost = [line for line in claims.claims([ode, cd]).splitlines() if "about a quarter" in line]
+    assert cost == ["| CD costs about a quarter of ODE in stage 2 | not run | 0 | not run |"]
+    assert "| 30 s against 90 s of one core | 1 | appears |" in claims.claims([ode, cd, here])
+
+
 def test_what_was_not_run_says_so(tmp_path: Path) -> None:
     reproduce.keep(tmp_path / "reproduce.json", _row("causal-cd", 1, 0.5))
     claims.write(tmp_path, tmp_path / "RESULTS.md")
@@ -124,7 +150,7 @@ def test_a_failed_cell_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Laboratory, "row", row)
     monkeypatch.setattr(Laboratory, "__init__", lambda self, *_: None)
-    (tmp_path / "references.json").write_text("{}")
+    (tmp_path / "references-f1.json").write_text("{}")
     arguments = ["--inits", "sf-ode", "causal-cd", "--seeds", "1", "--dmd", "before", "--results", str(tmp_path)]
     with pytest.raises(SystemExit, match="1 cells failed"):
         reproduce.main([*arguments, "--report", str(tmp_path / "page.md"), "--out", str(tmp_path)])
@@ -135,7 +161,7 @@ def test_processes_share_a_run(tmp_path: Path) -> None:
     """Four cells of one student in two processes: it is trained once, and every cell gets its row."""
     arguments = ["--smoke", "--out", str(tmp_path), "--seeds", "1", "--inits", "causal-cd", "--steps", "2", "4"]
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "references.json").write_text("{}")
+    (tmp_path / "results" / "references-f1.json").write_text("{}")
     reproduce.main([*arguments, "--processes", "2", "--threads", "2"])
     rows = json.loads((tmp_path / "results" / "reproduce.json").read_text())
     assert [(row["steps"], row["dmd"]) for row in rows] == [(2, False), (2, True), (4, False), (4, True)]

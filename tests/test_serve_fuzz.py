@@ -1,8 +1,10 @@
 """Whatever is sent to the server: an answer with words, never a failure of its own, and it lives on."""
 
 import json
+import re
 import string
 from collections.abc import Iterator
+from socket import create_connection
 from typing import Any
 from urllib.parse import quote
 
@@ -44,6 +46,11 @@ ATTACKS = [
     "__proto__",
 ]
 
+CONTROL = {"prompt": PROMPT, "blend_units": 1, "recache": True, "paused": False, "seed": 1, "rewind": 1, "step": 1}
+CONTROL |= {"restart": True}
+
+HEADERS = ("Host", "Origin", "Authorization", "Cookie", "Content-Type", "Content-Length", "Upgrade", "X-Forwarded-For")
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40) | st.sampled_from(ATTACKS)
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
@@ -70,6 +77,7 @@ def check(answer: Any) -> None:
     assert answer.status_code < 500 or answer.status_code == 503, answer.text
     if answer.status_code >= 400:
         assert set(answer.json()["error"]) == {"message", "expected", "got", "do"}
+        assert all(answer.json()["error"].values())
         assert "Traceback" not in answer.text
 
 
@@ -124,6 +132,37 @@ def test_an_attack_as_a_prompt_is_text(served: Served, name: str, attack: str) -
         state = answer.json()
         assert {"unit": state["change"]["unit"], "prompt": text} in state["timeline"]
         assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_in_every_field(served: Served, name: str, attack: str) -> None:
+    """One field at a time, the others as they should be."""
+    bodies = {
+        f"/streams/{name}": ("PATCH", CONTROL),
+        "/streams": ("POST", {"prompt": PROMPT, "seed": 1, "paused": True}),
+        f"/streams/{name}/webrtc": ("POST", {"sdp": "v=0", "type": "offer", "stamped": True}),
+    }
+    for path, (method, fields) in bodies.items():
+        for field in fields:
+            answer = served.http.request(method, path, json=fields | {field: attack})
+            check(answer)
+            if answer.status_code == 201:
+                served.http.delete(f"/streams/{answer.json()['id']}")
+    for part in ("image", "recording", "recording/stop", "branch"):
+        check(served.http.post(f"/streams/{quote(attack, safe='')}/{part}", content=attack.encode()))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_in_every_header(served: Served, name: str, attack: str) -> None:
+    """Line ends are put in as they are: a second header, or an end of the first, is not ours to read."""
+    for header in HEADERS:
+        head = {"Host": "127.0.0.1", "Connection": "close", header: attack}
+        lines = "".join(f"{key}: {value}\r\n" for key, value in head.items())
+        with create_connection(("127.0.0.1", served.port), timeout=PATIENCE) as raw:
+            raw.sendall(f"GET /streams/{name} HTTP/1.1\r\n{lines}\r\n".encode())
+            status = raw.makefile("rb").readline()
+        assert re.match(rb"HTTP/1.1 (200|4\d\d) ", status), (header, status)
+    assert served.http.get("/healthz").json()["status"] == "ok"
 
 
 @settings(QUICK, max_examples=8)

@@ -11,15 +11,16 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, sync_playwright
-from serve_fixture import OTHER, PATIENCE, PROMPT, Served, process, running, tool
+from serve_fixture import GENEROUS, OTHER, PATIENCE, PROMPT, Served, process, running, tool
 
 from cfrt.picture import png
-from cfrt.serve.limits import Limits
+from training.reader import read
+from training.worlds import FACTORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore::cfrt.text.PromptWarning")]
 
-GENEROUS = Limits(streams=64, creations_per_minute=6000, messages_per_second=1000)
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -36,12 +37,6 @@ READ = """i => { const c = document.querySelectorAll('canvas.picture')[i];
                return [c.width, c.height, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data] }"""
 
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with running(limits=GENEROUS) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +88,17 @@ def colour(page: Page, screen: int = 0) -> str:
     return ("red", "green", "blue")[int(np.argmax(lead))]
 
 
+def scene(page: Page) -> str:
+    """Size, colour, shape and background of what is on show, read from a third of a second of the page's pixels."""
+    pictures = []
+    for _ in range(6):
+        pictures.append(picture(page))
+        page.wait_for_timeout(60)
+    film = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)[None] / 255
+    factors = dict(zip(FACTORS.items(), read(film).factors[0].tolist(), strict=True))
+    return " ".join(values[at] for (name, values), at in factors.items() if name not in ("direction", "speed"))
+
+
 def unit(page: Page) -> int:
     return int(page.get_attribute("canvas.picture", "data-unit") or -1)
 
@@ -139,6 +145,20 @@ def test_without_webrtc_the_websocket_carries_the_frames(open_page: Open) -> Non
     assert page.inner_text("#link") == "WebSocket"
     say(page, OTHER)
     eventually(page, lambda: colour(page) == "blue")
+
+
+@pytest.mark.parametrize("way", ["WebRTC", "WebSocket"])
+def test_what_the_page_shows_is_what_was_said(open_page: Open, way: str) -> None:
+    page = open_page(script="" if way == "WebRTC" else "delete window.RTCPeerConnection")
+    page.wait_for_selector(f"#link:has-text('{way}')")
+    for prompt, expected in (
+        ("a large red circle moving left at night", "large red circle night"),
+        ("a small blue square moving up over a meadow", "small blue square meadow"),
+        ("a large yellow cross moving right over the ocean", "large yellow cross ocean"),
+    ):
+        say(page, prompt)
+        eventually(page, lambda expected=expected: scene(page) == expected)
+    assert page.inner_text("#link") == way
 
 
 def test_words_that_it_does_not_know_are_said(open_page: Open) -> None:
@@ -263,6 +283,21 @@ def test_on_a_phone(open_page: Open) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 14, 16)"
 
 
+def test_on_a_phone_held_sideways(open_page: Open) -> None:
+    """The video and the prompt are both there without scrolling, and stay there."""
+    page = open_page(**PHONE | {"viewport": {"width": 844, "height": 390}})
+    assert page.evaluate("document.documentElement.scrollWidth") == 844
+    for place in ("canvas.picture", "#prompt", "#composer .primary", "#seed", "#presets li:first-child"):
+        box = page.locator(place).bounding_box()
+        assert box
+        assert box["y"] >= 0, place
+        assert box["y"] + box["height"] <= 390, place
+    page.evaluate("scrollTo(0, 1e6)")
+    box = page.locator("canvas.picture").bounding_box()
+    assert box
+    assert 0 <= box["y"] <= 390 - box["height"], "the video scrolls away"
+
+
 def test_everything_has_a_name_for_those_who_do_not_see_it(open_page: Open) -> None:
     page = open_page()
     nameless = page.evaluate(
@@ -290,12 +325,33 @@ def test_a_server_that_was_killed_is_found_again(open_page: Open) -> None:
         address = page.url
         server.kill()
         page.wait_for_selector("#link[data-state=lost]")
-    with process(port=int(url.rstrip("/").rsplit(":", 1)[1])):
+    with process("--forget", port=int(url.rstrip("/").rsplit(":", 1)[1])):
         eventually(page, lambda: page.url != address)
         page.wait_for_selector("canvas.picture[data-unit]")
         assert "no longer has this stream" in page.inner_text("#toast")
         assert page.input_value("#prompt") == OTHER
         eventually(page, lambda: colour(page) == "blue")
+        page.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_keeps_its_streams_goes_on_with_them_after_a_kill(open_page: Open, tmp_path: Path) -> None:
+    with process("--state", str(tmp_path)) as (url, server):
+        page = open_page(url, tolerate="WebSocket connection|Failed to load resource")
+        say(page, OTHER)
+        eventually(page, lambda: colour(page) == "blue")
+        eventually(page, lambda: unit(page) >= 24)
+        page.wait_for_timeout(2500)
+        address, before = page.url, unit(page)
+        server.kill()
+        page.wait_for_selector("#link[data-state=lost]")
+    with process("--state", str(tmp_path), port=int(url.rstrip("/").rsplit(":", 1)[1])):
+        page.wait_for_selector("#link[data-state=live]")
+        assert before - 12 <= unit(page)
+        assert page.url == address
+        assert page.input_value("#prompt") == OTHER
+        eventually(page, lambda: unit(page) > before + 4)
+        assert colour(page) == "blue"
         page.close()
 
 

@@ -13,13 +13,14 @@ from websockets.sync.client import connect
 
 from cfrt.serve.client import Client
 
-pytestmark = [pytest.mark.cpu, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+pytestmark = [pytest.mark.cpu, pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
 
 
 @pytest.fixture(scope="module")
 def url(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[str]:
-    ray = pytest.importorskip("ray")
-    serve = pytest.importorskip("ray.serve")
+    import ray
+    from ray import serve
+
     from cfrt.serve.ray import HEADER, deployment
 
     monkeypatch_module.setenv(HEADER, "cookie")
@@ -85,7 +86,8 @@ def test_a_visitor_is_given_a_room_and_a_link_leads_to_it(url: str) -> None:
 
 
 def test_the_command_line_of_ray_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = pytest.importorskip("ray.serve")
+    from ray import serve
+
     from cfrt.serve.ray import HEADER, app
 
     monkeypatch.delenv(HEADER, raising=False)

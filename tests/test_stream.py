@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stream_fixture import pixels, wait_until
 from student_fixture import BLUE, RED, random_weights, save_student, small_config
 
 import cfrt
 from cfrt import flow, noise
-from cfrt.clock import Clock
 from cfrt.engines.native import NativeEngine
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
-from cfrt.text import TableText, encoder
-from cfrt.timeline import Timeline
+from cfrt.text import encoder
 from cfrt.weights import part
 
 pytestmark = pytest.mark.cpu
@@ -45,10 +44,6 @@ def open_stream(student: Path) -> Iterator[Callable[..., cfrt.Stream]]:
     yield make
     for stream in streams:
         stream.close()
-
-
-def pixels(frames: Iterator[cfrt.Frame]) -> np.ndarray:
-    return np.stack([frame.pixels for frame in frames])
 
 
 def workers() -> int:
@@ -159,132 +154,6 @@ def test_a_frame_describes_itself(open_stream: Callable[..., cfrt.Stream]) -> No
         frame.index = 3  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------- prompt
-
-
-def test_a_change_applies_to_the_first_unit_not_yet_shown(open_stream: Callable[..., cfrt.Stream]) -> None:
-    """With flush: the unit made ahead is made again, and nothing of the old prompt is left in the queue."""
-    stream = open_stream()
-    frames = list(stream.frames(6))  # one frame into unit 2
-    change = stream.prompt(BLUE)
-    frames += stream.frames(15)
-    assert change == cfrt.Change(unit=3, recache_ms=None)
-    assert [frame.prompt for frame in frames] == [BLUE if frame.unit >= 3 else RED for frame in frames]
-    assert [frame.index for frame in frames] == list(range(21))
-    assert stream.stats.change_to_pixel.count == 1
-
-
-def test_without_flush_what_is_made_is_shown(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream = open_stream()
-    frames = list(stream.frames(6))
-    wait_until(lambda: stream.stats.units == 4)  # unit 3 waits in the queue
-    assert stream.prompt(BLUE, flush=False).unit == 4
-    frames += stream.frames(15)
-    assert [frame.prompt for frame in frames] == [BLUE if frame.unit >= 4 else RED for frame in frames]
-
-
-def test_the_latest_change_wins(open_stream: Callable[..., cfrt.Stream]) -> None:
-    expected, stream = open_stream(), open_stream()
-    list(expected.frames(6)), list(stream.frames(6))
-    expected.prompt(BLUE)
-    for text in ("a red square", "a circle at night", BLUE):
-        assert stream.prompt(text).unit == 3
-    np.testing.assert_array_equal(pixels(stream.frames(15)), pixels(expected.frames(15)))
-
-
-def test_a_change_before_the_first_frame_replaces_the_prompt(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream = open_stream(RED)
-    assert stream.prompt(BLUE, blend_units=3).unit == 0
-    np.testing.assert_array_equal(pixels(stream.frames(13)), pixels(open_stream(BLUE).frames(13)))
-
-
-def test_changing_back_and_forth_leaves_no_trace(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream, plain = open_stream(), open_stream()
-    got = []
-    for _ in range(6):
-        got += [frame.pixels for frame in stream.frames(5)]
-        stream.prompt(BLUE)
-        stream.prompt(RED)
-    np.testing.assert_array_equal(got, pixels(plain.frames(30)))
-
-
-def test_blend_units_cross_fade_the_rows(open_stream: Callable[..., cfrt.Stream]) -> None:
-    a, b = np.zeros((4, 16), np.float32), np.ones((4, 16), np.float32)
-    timeline = Timeline("a", a)
-    timeline.change(5, "b", b, blend_units=3)
-    assert [float(timeline.at(unit).rows[0, 0]) for unit in range(3, 11)] == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert timeline.at(8).rows is timeline.at(9).rows
-    timeline.change(7, "a", a, blend_units=1)  # from the middle of the cross-fade
-    assert [float(timeline.at(unit).rows[0, 0]) for unit in range(5, 10)] == [0.25, 0.5, 0.25, 0, 0]
-
-    plain, blended = open_stream(), open_stream()
-    list(plain.frames(5)), list(blended.frames(5))
-    plain.prompt(BLUE), blended.prompt(BLUE, blend_units=2)
-    assert (pixels(plain.frames(4)) != pixels(blended.frames(4))).any()
-
-
-def test_recache_commits_the_window_again(open_stream: Callable[..., cfrt.Stream]) -> None:
-    """What follows depends on it, and does not depend on what was made ahead or on the pace."""
-    results = {}
-    for name, pace, recache in (("plain", "max", False), ("fast", "max", True), ("paced", 200.0, True)):
-        stream = open_stream(fps=pace)
-        list(stream.frames(25))
-        if name == "paced":
-            wait_until(lambda stream=stream: stream.stats.units == 8)
-        change = stream.prompt(BLUE, recache=recache)
-        assert change.unit == 7
-        assert (change.recache_ms is not None) == recache
-        results[name] = pixels(stream.frames(8))
-    np.testing.assert_array_equal(results["fast"], results["paced"])
-    assert (results["fast"] != results["plain"]).any()
-
-
-def test_recache_is_the_stated_recommit(student: Path, open_stream: Callable[..., cfrt.Stream]) -> None:
-    """The same by hand: the units that the next one sees are committed again, oldest first, under the new text."""
-    config, weights = small_config(), random_weights(small_config())
-    weights = {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
-    engine = NativeEngine()
-    engine.prepare(cfrt.engines.Spec(config=config, weights=weights, seed=7))
-    text = TableText(config.text, weights["text.table"])
-    engine.set_text(text.encode(RED).rows)
-    past = []
-    for unit in range(8):
-        if unit == 7:
-            engine.set_text(text.encode(BLUE).rows)
-            for old in (4, 5, 6):  # a window of four: three units of the past
-                engine.commit(past[old], old)
-        x = engine.noise(unit, 0)
-        for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
-            x = flow.renoise(x, engine.noise(unit, step), s) if step else x
-            x = engine.denoise(x, 1000 * s, unit)
-        shown = engine.decode(x)
-        engine.commit(x, unit)
-        past.append(x)
-    stream = open_stream()
-    list(stream.frames(25))
-    stream.prompt(BLUE, recache=True)
-    np.testing.assert_array_equal(pixels(stream.frames(4)), shown)
-
-
-def test_a_prompt_that_cannot_be_read_changes_nothing(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream = open_stream()
-    first = pixels(stream.frames(5))
-    for wrong in ("", "zebra", "x" * 2000):
-        with pytest.raises(cfrt.PromptError):
-            stream.prompt(wrong)
-    with pytest.raises(ValueError, match="blend_units"):
-        stream.prompt(BLUE, blend_units=-1)
-    np.testing.assert_array_equal(np.concatenate([first, pixels(stream.frames(8))]), pixels(open_stream().frames(13)))
-
-
-def test_unknown_words_are_warned_about_where_they_were_written(open_stream: Callable[..., cfrt.Stream]) -> None:
-    with pytest.warns(cfrt.PromptWarning, match="'zebra'"):
-        stream = open_stream("a red zebra")
-    with pytest.warns(cfrt.PromptWarning, match="'giraffe'") as caught:
-        stream.prompt("a blue giraffe")
-    assert caught[0].filename == __file__
-
-
 # ---------------------------------------------------------------------- image
 
 
@@ -315,43 +184,6 @@ def test_a_picture_that_does_not_fit(open_stream: Callable[..., cfrt.Stream], tm
     chunkwise = save_student(tmp_path, small_config(unit=3, window=6))
     with pytest.raises(cfrt.EngineError, match="frame-wise"):
         open_stream(model=chunkwise, image=np.zeros((32, 32, 3), np.uint8))
-
-
-# ---------------------------------------------------------------------- theorem 5: snapshots
-
-
-@pytest.mark.parametrize("pace", ["max", 1000.0])
-def test_restore_continues_as_if_nothing_had_happened(
-    pace: str | float, open_stream: Callable[..., cfrt.Stream]
-) -> None:
-    stream = open_stream(fps=pace)
-    list(stream.frames(19))
-    stream.prompt(BLUE, blend_units=2)
-    list(stream.frames(4))
-    snapshot = stream.snapshot()
-    expected = list(stream.frames(25))
-    stream.prompt("a square at night")
-    list(stream.frames(9))
-    stream.restore(snapshot)
-    again = list(stream.frames(25))
-    other = open_stream(BLUE, fps=pace)
-    other.restore(snapshot)
-    for got in (again, list(other.frames(25))):
-        assert [(f.index, f.unit, f.prompt) for f in got] == [(f.index, f.unit, f.prompt) for f in expected]
-        np.testing.assert_array_equal(pixels(iter(got)), pixels(iter(expected)))
-    assert repr(snapshot) == "Snapshot(model='small', engine='native', unit=6)"
-
-
-def test_a_snapshot_of_another_stream_is_refused(open_stream: Callable[..., cfrt.Stream], tmp_path: Path) -> None:
-    stream = open_stream()
-    list(stream.frames(9))
-    snapshot = stream.snapshot()
-    with pytest.raises(cfrt.SnapshotError, match=r"engine 'torch', precision 'fp64', got .*portable=True"):
-        open_stream(engine="torch", precision="fp64").restore(snapshot)
-    other = open_stream(model=save_student(tmp_path, seed=1))
-    with pytest.raises(cfrt.SnapshotError, match="weights"):
-        other.restore(snapshot)
-    assert next(other.frames()).index == 0  # unharmed
 
 
 # ---------------------------------------------------------------------- theorem 7: flat
@@ -387,14 +219,6 @@ def test_memory_and_time_per_unit_are_flat(open_stream: Callable[..., cfrt.Strea
 
 
 # ---------------------------------------------------------------------- manners of the thread
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("waited ten seconds in vain")
 
 
 def test_at_most_one_unit_ahead(open_stream: Callable[..., cfrt.Stream]) -> None:
@@ -517,100 +341,3 @@ def test_statistics(open_stream: Callable[..., cfrt.Stream]) -> None:
     assert stats.commit.count >= 5
     assert stats.ring == (3, 3)
     assert "p50=" in repr(stats.latency)
-
-
-# ---------------------------------------------------------------------- pacing
-
-
-def test_the_beat() -> None:
-    clock = Clock(10.0)
-    assert clock.delay(0, 5.0) == 0
-    clock.tick(0, 5.0)
-    assert clock.delay(1, 5.0) == pytest.approx(0.1)
-    clock.tick(1, 5.14)  # jitter: the beat stays
-    assert clock.delay(2, 5.14) == pytest.approx(0.06)
-    clock.tick(2, 8.0)  # a stall: the beat moves, nothing is made up for
-    assert clock.delay(3, 8.0) == pytest.approx(0.1)
-    clock.reset()
-    assert clock.delay(3, 9.0) == 0
-
-
-def test_a_live_beat_waits_for_no_consumer() -> None:
-    clock = Clock(10.0, live=True)
-    assert clock.newest(1.0) == -1
-    clock.tick(0, 5.0)
-    assert clock.newest(5.95) == 9
-    clock.tick(9, 5.99)  # fetched late, but it is the newest: the beat stays
-    assert clock.newest(6.05) == 10
-    clock.tick(10, 6.3)  # the newest itself came late: the beat moves
-    assert clock.newest(6.35) == 10
-
-
-def test_frames_are_paced(open_stream: Callable[..., cfrt.Stream]) -> None:
-    """Never early: a lower bound, which no slow machine can break."""
-    begin = time.perf_counter()
-    list(open_stream(fps=100.0).frames(21))
-    assert time.perf_counter() - begin >= 0.19
-
-
-def test_a_stall_of_the_consumer_is_not_made_up_for(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream = open_stream(fps=50.0)
-    list(stream.frames(3))
-    time.sleep(0.3)
-    times = []
-    for _ in stream.frames(4):
-        times.append(time.perf_counter())
-    assert min(np.diff(times)) >= 0.009  # half a period, and a little for the clock
-
-
-def test_latest_skips_what_a_slow_consumer_missed(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream = open_stream(fps=100.0, keep="latest")
-    frames = stream.frames()
-    seen = [next(frames)]
-    for _ in range(5):
-        time.sleep(0.1)
-        seen.append(next(frames))
-    gaps = np.diff([frame.index for frame in seen])
-    assert max(gaps) > 2
-    assert stream.stats.dropped == seen[-1].index + 1 - len(seen)
-    assert stream.stats.frames == len(seen)
-    assert stream.prompt(BLUE).unit > seen[-1].unit
-    while (frame := next(frames)).prompt == RED:
-        assert frame.unit < seen[-1].unit + 50
-    assert frame.prompt == BLUE
-
-
-def test_two_consumers_share_one_stream(open_stream: Callable[..., cfrt.Stream]) -> None:
-    stream = open_stream()
-    seen: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: seen.extend(frame.index for frame in stream.frames(20))) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(seen) == list(range(40))
-
-
-def test_prompts_from_another_thread(open_stream: Callable[..., cfrt.Stream]) -> None:
-    """However fast they come, frames keep coming, none lost or doubled, and every unit is made from one text."""
-    stream = open_stream()
-    stop = threading.Event()
-
-    def fidget() -> None:
-        texts = [RED, BLUE]
-        while not stop.is_set():
-            stream.prompt(texts[0], recache=len(texts[0]) % 2 == 0)
-            texts.reverse()
-
-    thread = threading.Thread(target=fidget)
-    thread.start()
-    frames = list(stream.frames(41))
-    stop.set()
-    thread.join()
-    assert [frame.index for frame in frames] == list(range(41))
-    by_unit: dict[int, set[str]] = {}
-    for frame in frames:
-        by_unit.setdefault(frame.unit, set()).add(frame.prompt)
-    assert all(len(texts) == 1 for texts in by_unit.values())

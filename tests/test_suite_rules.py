@@ -13,6 +13,7 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[1]
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+WITHOUT_RAY = "import conftest\nconftest.find_spec = lambda name: None\n"
 
 
 Suite = Callable[..., tuple[int, str]]
@@ -27,7 +28,7 @@ def suite(tmp_path: Path) -> Suite:
     def run(source: str, **environment: str) -> tuple[int, str]:
         (tmp_path / "test_it.py").write_text("import pytest\n" + source)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_it.py")]
-        inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "CFRT_GPU")}
+        inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "CFRT_GPU", "CFRT_RAY")}
         inherited["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and they are most of a start's seconds
         done = subprocess.run(command, cwd=tmp_path, env=inherited | environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
@@ -62,6 +63,14 @@ def test_a_missing_oracle_is_a_skip_at_home_and_a_failure_in_ci(suite: Suite, so
 @pytest.mark.parametrize(("environment", "code"), [({}, 0), ({"CI": "true"}, 0), ({"CFRT_GPU": "1"}, 1)])
 def test_a_missing_gpu_is_a_failure_on_a_gpu_runner_only(suite: Suite, environment: dict, code: int) -> None:
     found, output = suite("@pytest.mark.gpu\ndef test_kernel(): raise RuntimeError", **environment, **NO_GPU)
+    assert found == code, output
+
+
+@pytest.mark.parametrize(("environment", "code"), [({}, 0), ({"CI": "true"}, 0), ({"CFRT_RAY": "1"}, 1)])
+def test_a_missing_ray_is_a_failure_on_a_runner_that_has_it(suite: Suite, environment: dict, code: int) -> None:
+    found, output = suite(
+        WITHOUT_RAY + "@pytest.mark.cpu\n@pytest.mark.ray\ndef test_it(): raise RuntimeError", **environment
+    )
     assert found == code, output
 
 

@@ -13,7 +13,7 @@ import torch
 from student_fixture import random_weights, small_config
 from transformers import UMT5Config
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
-from umt5_fixture import save_umt5
+from umt5_fixture import save_umt5, write_official
 
 from cfrt.bundle import Bundle
 from cfrt.config import TextConfig
@@ -21,6 +21,7 @@ from cfrt.errors import BundleError, ExportError, WeightsError
 from cfrt.text import ExportedText, UMT5Text, encoder
 from cfrt.weights import save_model
 from export import text_encoder
+from export.draft import draft
 from export.onnx import main
 from export.text_encoder import Shape, bucket_table, find, places, quantised
 
@@ -61,6 +62,17 @@ def test_a_bundle_reads_prompts_by_itself(bundle: Path, umt5: Path, tmp_path: Pa
         assert got.dropped == expected.dropped
         assert np.linalg.norm(got.rows - expected.rows) < 0.06 * np.linalg.norm(expected.rows)
     assert isinstance(encoder(opened.manifest.config, {}, bundle), ExportedText)
+
+
+def test_the_released_file_is_the_same_encoder(umt5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own layout and names, at a fraction of its size, and through the same verification."""
+    plain, released = find(umt5, CONFIG), find(write_official(umt5, tmp_path / "released", monkeypatch), CONFIG)
+    assert released.shape == plain.shape
+    for name in plain.shape.tensors():
+        np.testing.assert_array_equal(released.tensors[name], plain.tensors[name])
+    with draft(tmp_path / "bundle") as made:
+        assert released.make(made) == text_encoder.FOLDER
+        assert released.check(made.folder)["level"] == "rows"
 
 
 def test_reading_needs_no_pytorch(bundle: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """umT5: what the network reads of a prompt is what diffusers' Wan pipeline makes of it; and what is kept on disk."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan as pipeline
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-from umt5_fixture import SIZES, save_umt5, tokenizer
+from umt5_fixture import SIZES, official_names, save_umt5, tokenizer, write_official
 
 from cfrt import memory
 from cfrt.config import TextConfig
@@ -165,33 +165,6 @@ def test_the_full_size_is_the_released_one() -> None:
     assert len(names) == 242
     assert names | {"encoder.embed_tokens.weight"} == set(model.state_dict())
     assert sum(parameter.numel() for parameter in model.parameters()) == 5_680_910_336
-
-
-def write_official(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The encoder in the official layout; its size, which the file does not say, is patched in."""
-    state = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True).state_dict()
-    monkeypatch.setattr(umt5, "XXL", {"vocab_size": len(state["shared.weight"]), **SIZES})
-    (target / "google" / "umt5-xxl").mkdir(parents=True)
-    torch.save(
-        {name: state[umt5_from_official(name)] for name in official_names(SIZES["num_layers"])},
-        target / OFFICIAL_WEIGHTS,
-    )
-    tokenizer().save(str(target / "google" / "umt5-xxl" / "tokenizer.json"))
-    return target
-
-
-def official_names(layers: int) -> Iterator[str]:
-    yield from ("token_embedding.weight", "norm.weight")
-    parts = (
-        "norm1",
-        "norm2",
-        "pos_embedding.embedding",
-        "ffn.gate.0",
-        "ffn.fc1",
-        "ffn.fc2",
-        *(f"attn.{x}" for x in "qkvo"),
-    )
-    yield from (f"blocks.{layer}.{part}.weight" for layer in range(layers) for part in parts)
 
 
 def test_no_other_tensor_has_a_name() -> None:

@@ -1,10 +1,16 @@
 """A text encoder of umT5's kind with random weights and a vocabulary of a few dozen pieces, in the released layout."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import UMT5Config, UMT5EncoderModel
+
+from cfrt.nn import umt5
+from cfrt.text import OFFICIAL_WEIGHTS
+from cfrt.weights import umt5_from_official
 
 SIZES = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -46,3 +52,30 @@ def tokenizer() -> Tokenizer:
     )
     made.add_special_tokens(list(SPECIAL))
     return made
+
+
+def write_official(folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The encoder in the official layout; its size, which the file does not say, is patched in."""
+    state = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True).state_dict()
+    monkeypatch.setattr(umt5, "XXL", {"vocab_size": len(state["shared.weight"]), **SIZES})
+    (target / "google" / "umt5-xxl").mkdir(parents=True)
+    torch.save(
+        {name: state[umt5_from_official(name)] for name in official_names(SIZES["num_layers"])},
+        target / OFFICIAL_WEIGHTS,
+    )
+    tokenizer().save(str(target / "google" / "umt5-xxl" / "tokenizer.json"))
+    return target
+
+
+def official_names(layers: int) -> Iterator[str]:
+    yield from ("token_embedding.weight", "norm.weight")
+    parts = (
+        "norm1",
+        "norm2",
+        "pos_embedding.embedding",
+        "ffn.gate.0",
+        "ffn.fc1",
+        "ffn.fc2",
+        *(f"attn.{x}" for x in "qkvo"),
+    )
+    yield from (f"blocks.{layer}.{part}.weight" for layer in range(layers) for part in parts)

@@ -25,22 +25,24 @@ def section(kept: Row) -> str:
         f"Measured {kept['date']} on {machine['cpu']}, {machine['cores']} cores ({isa}), by "
         f"`benchmarks/bench_serve.py`: model {kept['model']}, {kept['engine']} engine, {kept['precision']} precision, "
         f"2 steps, window 8, 64 x 64 at {kept['fps']} fps, decoding included; server, viewers and browser on the same "
-        f"machine."
+        f"machine, whose load average was {kept['load before viewers']:.1f} before the viewers came (niceness "
+        f"{kept['niceness']}) and {kept['load before browser']:.1f} before the browser."
     )
     return "\n\n".join((where, viewers(kept), browser(kept)))
 
 
 def viewers(kept: Row) -> str:
     lines = [
-        "| viewers of one stream, by | the server adds to a frame, p50 / p99 (ms) | cores used by the whole server | "
-        "least fps of any viewer | viewers per core |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| viewers of one stream, by | the server adds to a frame, p50 / p99 (ms) | p99 while they arrive | "
+        "cores used by the whole server | least fps of any viewer | viewers per core |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for kind, rows in kept["viewers"].items():
         last = rows[-1]
         cells = (
             f"{last['viewers']:.0f} x {kind}",
             f"{last['overhead_p50_ms']:.2f} / {last['overhead_p99_ms']:.2f}",
+            f"{last['arrival_p99_ms']:.1f}",
             f"{last['cores']:.2f}",
             f"{last['least frames per second']:.1f}",
             f"{round_to_two(kept['viewers per core'][kind])}",
@@ -48,7 +50,7 @@ def viewers(kept: Row) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         "What the server adds: from the moment the stream hands out a frame until it lies in every viewer's buffer, "
-        "JPEG included; runs are short, so the 99th percentile is their worst moment, the viewers' arrival. "
+        "JPEG and VP8 included. They arrive within a second or two, so the percentile of that time is its worst frame. "
         "Viewers per core: from what each further viewer takes, the stream's own work left out."
     )
     return "\n".join((*lines, "", note))

@@ -16,6 +16,7 @@ COMMANDS = {
     "reproduce": ("training.reproduce", "the paper's table, with exact ground truth"),
     "prepare": ("training.prepare", "turn your own videos into shards of latents"),
     "evaluate": ("training.evaluate", "play prompts through any model, in VBench's layout, and measure what can be"),
+    "quality": ("training.quality", "what exported bundles of a student lose, written into their manifests"),
 }
 RECIPES = ("tiny", "tiny-gpu", "wan-1.3b-framewise", "wan-1.3b-chunkwise")
 """Commands that are told their name."""

@@ -85,7 +85,7 @@ def collect(recipe: Recipe, out: Path) -> Results:
             "autoencoder": sum(p.numel() for p in autoencoder.parameters()),
         },
         "teacher": {"steps": chain.TEACHER_STEPS, "guidance": chain.GUIDANCE},
-        "stages": {name: spent(out / name / "stats.jsonl") for name in chain.STAGES},
+        "stages": {name: spent(out / name / "stats.jsonl") for name in chain.STAGES if (out / name).exists()},
         "notes": _notes(out / "notes.md"),
         "evaluation_seconds": round(sum(row["seconds"] for row in rows.values())),
         "config": json.loads(json.dumps(asdict(recipe))),

@@ -32,6 +32,12 @@ CHUNKS = """Units of three latent frames; three of them for training, rounded up
 bidirectional teacher is the one of F = 1. The AR teacher is that of F = 1, trained on for 1,600 steps of 16 clips with
 units of three (rate 2e-3 falling to 2e-5) on the table's 8,000 clips: much less than the other had, so that rows of
 different F differ by more than F. One seed: an interval is over clips only."""
+CONTINUOUS = """The continuous-time row is a collapse and no measure of the method: with the table's settings its training
+diverges. [The log](../LOG.md) says how, and what else was tried."""
+STEPS = """The papers have SF ODE and AR diffusion below causal ODE and causal CD at every number of steps, the further the
+fewer there are (arXiv:2605.15141, table 2; arXiv:2602.02214, table 4 for F = 3). Differences over common seeds:
+three against SF ODE at 2 steps and F = 1; elsewhere one, and an interval over clips only."""
+REFERENCES = "references-f{}.json"
 Z = 1.959964  # two-sided 95 %
 
 HEAD = """# The paper's table, on a world with exact ground truth
@@ -70,14 +76,21 @@ def line(row: Row) -> str:
 def write(results: Path, page: Path) -> None:
     """The whole page."""
     rows = _load(results / "reproduce.json", [])
-    references = _load(results / "references.json", {})
+    references, chunks = (_load(results / REFERENCES.format(unit), {}) for unit in (1, 3))
     parts = [HEAD]
     if rows:
         parts += ["## What was claimed, what was found", claims(rows), "## Key rows: 2 steps, F = 1"]
-        parts += [key_table(rows, references), "## Where the variance goes", flow_table(rows)]
+        parts += [key_table(rows, references)]
+        parts += [CONTINUOUS] if select(rows, init="causal-ccm") else []
+        parts += ["## Where the variance goes", flow_table(rows)]
         if select(rows, unit=3):
-            parts += ["## Three latent frames a unit (F = 3)", CHUNKS, claims(rows, 3), key_table(rows, {}, 3)]
+            parts += ["## Three latent frames a unit (F = 3)", CHUNKS, claims(rows, 3), key_table(rows, chunks, 3)]
             parts += [flow_table(rows, 3)]
+        parts += [
+            "## After DMD, by steps",
+            STEPS,
+            *(by_steps(rows, unit) for unit in (1, 3) if select(rows, unit=unit)),
+        ]
         parts += ["## The whole grid", grid(rows)]
         parts += ["## Cost", cost(rows), "## Every row", "\n".join(f"* {line(row)}" for row in rows)]
         parts += [sheet(picture, page) for picture in sorted(results.glob("sheet-*.png"))]
@@ -110,7 +123,8 @@ def difference(rows: Sequence[Row], first: Mapping[str, Any], second: Mapping[st
     """Mean over common seeds of `first` - `second`, with a 95 % interval.
 
     Its half-width is the wider of two: what clips give (from the rows' own intervals, as if unpaired), and what the
-    spread between seeds gives (Student's t), so that neither few clips nor few seeds look surer than they are."""
+    spread between seeds gives (Student's t), so that neither few clips nor few seeds look surer than they are. It is
+    infinite where there is neither: one seed of a number without an interval."""
     pairs = [
         (a, b) for a in select(rows, **first) for b in select(rows, **second)
         if a["seed"] == b["seed"] and a.get(key) is not None and b.get(key) is not None
@@ -121,7 +135,8 @@ def difference(rows: Sequence[Row], first: Mapping[str, Any], second: Mapping[st
     gaps = [a[key] - b[key] for a, b in pairs]
     mean = sum(gaps) / n
     clips = math.sqrt(sum(_error(a, key) ** 2 + _error(b, key) ** 2 for a, b in pairs)) / n
-    return {"n": n, "value": mean, "half": max(Z * clips, _seed_half(gaps)), "won": sum(gap > 0 for gap in gaps)}
+    half = max(Z * clips, _seed_half(gaps)) or math.inf
+    return {"n": n, "value": mean, "half": half, "won": sum(gap > 0 for gap in gaps)}
 
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % quantiles of Student's t, by number of values
@@ -156,9 +171,27 @@ def claims(rows: Sequence[Row], unit: int = 1) -> str:
                 gap = difference(rows, {**at, "init": init, "dmd": after}, {**at, "init": "sf-ode", "dmd": after}, key)
                 claim = f"{TITLES[init]} beats SF ODE in {title}, {'after' if after else 'before'} DMD"
                 lines.append(f"| {claim} | {_gap(gap, key != 'flow_map')} | {gap['n']} | {_verdict(gap)} |")
-    if unit == 1:
-        lines.append(f"| SF ODE collapses frame-wise (dynamic near 0 after DMD) | {_collapse(rows)} |")
-        lines.append(f"| CD costs about a quarter of ODE in stage 2 | {_cheaper(rows)} |")
+    form = "frame-wise" if unit == 1 else "chunk-wise"
+    lines.append(f"| SF ODE collapses {form} (dynamic near 0 after DMD) | {_collapse(rows, unit)} |")
+    lines.append(f"| CD costs about a quarter of ODE in stage 2 | {_cheaper(rows, unit)} |")
+    return "\n".join(lines)
+
+
+PAIRS = tuple((init, base) for base in ("sf-ode", "ar-diffusion") for init in ("causal-ode", "causal-cd"))
+
+
+def by_steps(rows: Sequence[Row], unit: int) -> str:
+    """After DMD, what each causal initialisation wins over SF ODE and over none (the AR teacher itself), by steps."""
+    lines = [f"| F = {unit}, points (95 %) | 1 step | 2 steps | 4 steps |", "| --- | ---: | ---: | ---: |"]
+    for init, base in PAIRS:
+        for key in ("instruction", "dynamic"):
+            cells = []
+            for steps in (1, 2, 4):
+                at = {"steps": steps, "unit": unit, "dmd": True}
+                gap = difference(rows, {**at, "init": init}, {**at, "init": base}, key)
+                told = "not run" if gap["n"] == 0 else f"{_gap(gap, True).removesuffix(' points')}: {_verdict(gap)}"
+                cells.append(told)
+            lines.append(f"| {TITLES[init]} beats {TITLES[base]} in {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -166,20 +199,23 @@ def _gap(gap: Mapping[str, float], percent: bool) -> str:
     if gap["n"] == 0:
         return "not run"
     scale, unit, digits = (100, " points", 1) if percent else (1, "", 3)
-    return f"{scale * gap['value']:+.{digits}f} ± {scale * gap['half']:.{digits}f}{unit}"
+    half = f" ± {scale * gap['half']:.{digits}f}" if math.isfinite(gap["half"]) else ""
+    return f"{scale * gap['value']:+.{digits}f}{half}{unit}"
 
 
 def _verdict(gap: Mapping[str, float]) -> str:
     if gap["n"] == 0:
         return "not run"
+    if math.isinf(gap["half"]):
+        return "one seed, no interval"
     if abs(gap["value"]) <= gap["half"]:
-        return f"not decided ({gap['won']} of {gap['n']} seeds for it)"
+        return f"not decided ({gap['won']} of {gap['n']} seeds for it)" if gap["n"] > 1 else "not decided"
     return "appears" if gap["value"] > 0 else "the reverse appears"
 
 
-def _collapse(rows: Sequence[Row]) -> str:
-    own = select(rows, init="sf-ode", dmd=True, steps=2, unit=1)
-    other = select(rows, init="causal-cd", dmd=True, steps=2, unit=1)
+def _collapse(rows: Sequence[Row], unit: int) -> str:
+    own = select(rows, init="sf-ode", dmd=True, steps=2, unit=unit)
+    other = select(rows, init="causal-cd", dmd=True, steps=2, unit=unit)
     if not own or not other:
         return "not run | 0 | not run"
     a, b = (sum(row["dynamic"] for row in group) / len(group) for group in (own, other))
@@ -187,16 +223,19 @@ def _collapse(rows: Sequence[Row]) -> str:
     return f"{100 * a:.1f} % against {100 * b:.1f} % from causal CD | {len(own)} | {verdict}"
 
 
-def _cheaper(rows: Sequence[Row]) -> str:
-    spent = {
-        init: [row["seconds"] for row in select(rows, init=init, dmd=False, steps=2, unit=1)]
-        for init in ("causal-ode", "causal-cd")
-    }
-    if not all(spent.values()):
+def _cheaper(rows: Sequence[Row], unit: int) -> str:
+    """Of rows that the same machine trained."""
+    at = {"dmd": False, "steps": 2, "unit": unit}
+    pairs = [
+        (a["seconds"], b["seconds"])
+        for a in select(rows, **at, init="causal-ode") for b in select(rows, **at, init="causal-cd")
+        if (a["seed"], a.get("on")) == (b["seed"], b.get("on"))
+    ]  # fmt: skip
+    if not pairs:
         return "not run | 0 | not run"
-    ode, cd = (sum(values) / len(values) for values in spent.values())
+    ode, cd = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
     verdict = "appears" if cd < 0.5 * ode else "does not appear at this size"
-    return f"{cd:.0f} s against {ode:.0f} s of one core | {len(spent['causal-cd'])} | {verdict}"
+    return f"{cd:.0f} s against {ode:.0f} s of one core | {len(pairs)} | {verdict}"
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -287,15 +326,15 @@ def cost(rows: Sequence[Row]) -> str:
     """By machine: seconds of different ones can't be compared. Rows without `on` are of the first one, where one
     thread of torch did everything."""
     lines = [
-        "Processor seconds of training (2 steps), teachers and data left out, since they are shared. Two threads spend "
-        "more of them than one; the first run noted no more than this: one core of a virtual machine, one thread.",
+        "Processor seconds of training (2 steps), teachers and data left out, since they are shared. The first run "
+        "noted no more of its machine than this: one core of a virtual machine, one thread.",
         "",
         "| | F | on | stage 2 | with DMD |",
         "| --- | ---: | --- | ---: | ---: |",
     ]
     for unit in (1, 3):
         for init, title in TITLES.items():
-            group = select(rows, init=init, steps=2, unit=unit)
+            group = [row for row in select(rows, init=init, steps=2, unit=unit) if row["seconds"]]
             for on in dict.fromkeys(tuple(row.get("on", ())) for row in group):
                 own = [row for row in group if tuple(row.get("on", ())) == on]
                 cells = [_mean_seconds(select(own, dmd=after)) for after in (False, True)]

@@ -228,25 +228,24 @@ class Laboratory:
         write_json(path, row)
         return row
 
-    def references(self) -> dict[str, Row]:
-        """What cells are compared with: real clips, their reconstructions, and both teachers at many steps."""
-        path = self.folder / "references.json"
+    def references(self, unit: int) -> dict[str, Row]:
+        """What cells are compared with. F = 1: real clips, their reconstructions, and both teachers at many steps.
+        Otherwise the AR teacher of that unit alone, on prompts and not over ten seconds."""
+        path = self.folder / f"references-f{unit}.json"
         if not path.exists():
-            autoencoder, model = chain.trained_autoencoder(self.recipe, self.chain), self.model(1, 4)
-            guidance, config = self.config.guidance, self.evaluation(1, 0)
-            unit_by_unit = sources.teacher(self.teacher(1).eval(), model, guidance=guidance)
+            autoencoder, model = chain.trained_autoencoder(self.recipe, self.chain), self.model(unit, 4)
+            config, guidance = self.evaluation(unit, 0), self.config.guidance
+            unit_by_unit = sources.teacher(self.teacher(unit).eval(), model, guidance=guidance)
             at_once = sources.whole(self.score.eval(), model, guidance=guidance)
-            rows = {
-                "real clips": sources.real,
-                "through the autoencoder": sources.reconstruction(autoencoder),
-                "AR teacher, 24 steps": sources.generated(autoencoder, unit_by_unit),
-            }
+            real = {"real clips": sources.real, "through the autoencoder": sources.reconstruction(autoencoder)}
+            causal = {"AR teacher, 24 steps": sources.generated(autoencoder, unit_by_unit)}
+            whole = {"bidirectional teacher, 24 steps": sources.generated(autoencoder, at_once)}
             tasks = config.tasks(model.text)
             del tasks["switch"]
-            measured = evaluate.plain(evaluate.measure(rows, tasks, config, self.folder / "references"))
-            whole = {"bidirectional teacher, 24 steps": sources.generated(autoencoder, at_once)}
-            measured |= evaluate.plain(evaluate.measure(whole, {"start": tasks["start"]}, config))
-            path.write_text(json.dumps({name: _numbers(row) for name, row in measured.items()}, indent=1) + "\n")
+            full, short = (real | causal, whole) if unit == 1 else ({}, causal)
+            measured = evaluate.measure(full, tasks, config, self.folder / "references")
+            measured |= evaluate.measure(short, {"start": tasks["start"]}, config)
+            write_json(path, {name: _numbers(row) for name, row in evaluate.plain(measured).items()})
         return dict(json.loads(path.read_text()))
 
     def evaluation(self, unit: int, seed: int) -> evaluate.Config:

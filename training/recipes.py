@@ -68,10 +68,11 @@ def tiny() -> Recipe:
 
 
 def tiny_gpu() -> Recipe:
-    """The same student where a step of 512 clips takes what one of 16 takes on two cores."""
+    """The same student where a step of 256 clips takes less than one of 16 on two cores; what ships is after DMD."""
     return replace(
         tiny(),
         name="tiny-gpu",
+        ships="dmd",
         data=data.Config(clips=200_000),
         bidirectional=bidirectional.Config(steps=2000, batch=512),
         teacher=teacher.Config(steps=4000, batch=512, ema=0.998),

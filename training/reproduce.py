@@ -127,8 +127,9 @@ def run(arguments: Arguments) -> None:
 
 def _rows(arguments: Arguments, results: Path) -> None:
     """Train and measure, cell by cell; CfrtError at the end where one failed."""
-    if not (references := results / "references.json").exists():
-        references.write_text(json.dumps(laboratory(arguments).references(), indent=1) + "\n")
+    for unit in arguments.units:
+        if not (references := results / claims.REFERENCES.format(unit)).exists():
+            references.write_text(json.dumps(laboratory(arguments).references(unit), indent=1) + "\n")
     todo, failed = cells(arguments), 0
     make, alone = partial(_measurer, arguments), arguments.processes == 1
     found = map(make(), todo) if alone else workers.ordered(make, jobs(arguments), arguments.processes)

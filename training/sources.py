@@ -173,7 +173,7 @@ def generated(autoencoder: Autoencoder, sampler: Sampler) -> Source:
     return source
 
 
-def streamed(model: str | Path, engine: str = "auto", precision: str = "auto") -> Source:
+def streamed(model: str | Path, engine: str = "auto", precision: str = "auto", threads: int | None = None) -> Source:
     """Clips of the runtime itself: each one a `cfrt.Stream` read frame by frame, its prompt changed while it runs.
 
     It knows nothing of the training code, so it checks the numbers of `student`. It can't go on from a real past."""
@@ -185,7 +185,9 @@ def streamed(model: str | Path, engine: str = "auto", precision: str = "auto") -
 
     def clip(texts: tuple[str, str], task: Task, seed: int) -> Tensor:
         until = min(int(worlds.first_frame(task.switch)), task.frames)
-        with Stream(texts[0], model=model, engine=engine, precision=precision, seed=seed, fps="max") as stream:
+        with Stream(
+            texts[0], model=model, engine=engine, precision=precision, threads=threads, seed=seed, fps="max"
+        ) as stream:
             frames = list(stream.frames(until))
             if until < task.frames:
                 change = stream.prompt(texts[1])

@@ -88,6 +88,25 @@ class Int8(Bf16):
         return [keys, _e4m3(ordered), scale.astype(np.float32)]
 
 
+def as_held(k: np.ndarray, v: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `Int8` gives back of a frame's keys and values [..., N, H, D], by the scales of values [H, D]."""
+    whole = [k[..., first : first + Int8.rows, :, :] for first in range(0, k.shape[-3], Int8.rows)]
+    keys = np.concatenate([_in_steps(granule, (-3, -1)) for granule in whole], axis=-3)
+    return keys, E4M3[_e4m3(v / scales)] * scales
+
+
+def queries_as_held(q: np.ndarray) -> np.ndarray:
+    """Queries [..., H, D] as the attention over such a ring takes them: int8, a scale for each row of a head."""
+    return _in_steps(q, (-1,))
+
+
+def _in_steps(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """In 127 steps up to the largest along these axes."""
+    scale = np.maximum(np.abs(x).max(axis=axes, keepdims=True), LEAST_RANGE) / np.float32(127)
+    steps: np.ndarray = np.rint(x / scale) * scale
+    return steps
+
+
 LEAST_RANGE = np.float32(1e-12)
 """Of keys, so that scales are positive, as in csrc/cuda/eight.cuh."""
 

@@ -64,34 +64,36 @@ class NativeEngine:
         with _as_engine_errors():
             threads = kernels.Threads(spec.threads or physical_cores())
             self._dit = engine.Dit(_dit_config(spec.config), _Finite(dit), self.precision, threads)
-        self._start(spec, threads)
+            self._autoencoder = self._packed(spec, threads)
+        self._start(spec)
 
-    def _start(self, spec: Spec, threads: kernels.Threads) -> None:
-        """The beginning of a stream; the network is there already."""
-        self._spec, self._config, self._seed = spec, spec.config, spec.seed
+    def _packed(self, spec: Spec, threads: kernels.Threads) -> kernels.Autoencoder:
         autoencoder = part(spec.weights, "autoencoder")
         match(shapes.autoencoder(spec.config.autoencoder), autoencoder)
-        with _as_engine_errors():
-            self._autoencoder = kernels.Autoencoder(
-                dict(_Finite(autoencoder)),
-                channels=spec.config.latent_channels,
-                grid=spec.config.latent_grid,
-                widths=spec.config.autoencoder.widths,
-                precision=self.precision,
-                frames=spec.config.unit,
-                threads=threads,
-            )
+        return kernels.Autoencoder(
+            dict(_Finite(autoencoder)),
+            channels=spec.config.latent_channels,
+            grid=spec.config.latent_grid,
+            widths=spec.config.autoencoder.widths,
+            precision=self.precision,
+            frames=spec.config.unit,
+            threads=threads,
+        )
+
+    def _start(self, spec: Spec) -> None:
+        """The beginning of a stream; the networks are there already."""
+        self._spec, self._config, self._seed = spec, spec.config, spec.seed
         self._decoded = 0  # units decoded: the next one's number
         self._previous: np.ndarray | None = None
         self._before: tuple[int, np.ndarray | None] = (0, None)
 
     def twin(self) -> "NativeEngine":
-        """The network's packed weights are in memory once; those of the autoencoder, 5 MB, are packed again."""
+        """Packed weights are in memory once."""
         twin = NativeEngine()
         twin.precision = self.precision
         threads = kernels.Threads(self._spec.threads or physical_cores())
-        twin._dit = self._dit.twin(threads)
-        twin._start(self._spec, threads)
+        twin._dit, twin._autoencoder = self._dit.twin(threads), self._autoencoder.twin(threads)
+        twin._start(self._spec)
         return twin
 
     @staticmethod

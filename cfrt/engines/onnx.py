@@ -41,11 +41,13 @@ class OnnxEngine(SegmentedEngine):
 
     def _device(self, spec: Spec, bundle: Bundle) -> "CpuDevice":
         self.precision = "fp32"
-        threads = spec.threads or physical_cores()
-        device = CpuDevice(spec.config, spec.weights, seed=spec.seed, threads=threads)
+        device = self._empty(spec, spec.threads or physical_cores())
         for segment in bundle.manifest.segments:
             device.load(segment, fp32_twin(bundle.file(segment.onnx)))
         return device
+
+    def _empty(self, spec: Spec, threads: int) -> "CpuDevice":
+        return CpuDevice(spec.config, spec.weights, seed=spec.seed, threads=threads)
 
 
 class CpuDevice:
@@ -61,8 +63,11 @@ class CpuDevice:
         self._pool = kernels.Threads(threads)
         self._head = Head(config)
         self._norms = {name: _norm(tensors, name, (config.depth, config.width)) for name in ("norm_q", "norm_k")}
-        geometry = config.geometry
-        self._ring = kernels.Ring(
+        self._ring = self._new_ring()
+
+    def _new_ring(self) -> kernels.Ring:
+        config, geometry = self.config, self.config.geometry
+        return kernels.Ring(
             Geometry(unit=geometry.unit, window=geometry.window, sinks=geometry.sinks),
             frame_tokens=config.frame_tokens,
             layers=config.depth,
@@ -117,8 +122,14 @@ class CpuDevice:
 
     def append(self, layer: int) -> None:
         _, k, v = self._heads()
+        self._remember(self._ring, layer, k, v)
+
+    def attend(self, layer: int) -> None:
+        self.buffers["attended"] = self._head.taken(self._found(self._ring, layer, self._heads()[0]))
+
+    def _remember(self, ring: kernels.Ring, layer: int, k: np.ndarray, v: np.ndarray) -> None:
         kernels.append(
-            self.ring.layer(layer),
+            ring.layer(layer),
             self._place,
             k,
             v,
@@ -128,10 +139,10 @@ class CpuDevice:
             threads=self._pool,
         )
 
-    def attend(self, layer: int) -> None:
-        heads = (-1, self.config.heads, self._head.stored)
-        q, q_sink = kernels.queries(
-            self._heads()[0],
+    def _queries(self, layer: int, q: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Normed and turned, for the window and, where they are far, for the sinks."""
+        return kernels.queries(
+            q,
             self.config.heads,
             weight=self._head.norm(self._norms["norm_q"][layer]) * self._head.query,
             eps=self._head.eps,
@@ -139,17 +150,21 @@ class CpuDevice:
             sink_turn=self._sink_turn,
             threads=self._pool,
         )
+
+    def _found(self, ring: kernels.Ring, layer: int, q: np.ndarray) -> np.ndarray:
+        heads = (-1, self.config.heads, self._head.stored)
+        q, q_sink = self._queries(layer, q)
         out = np.empty_like(q)
         kernels.attention(
             q.reshape(heads),
-            self.ring.layer(layer),
+            ring.layer(layer),
             out.reshape(heads),
             ranges=self._ranges,
             q_sink=None if q_sink is None else q_sink.reshape(heads),
             sink_rows=0 if q_sink is None else self._sink_rows,
             threads=self._pool,
         )
-        self.buffers["attended"] = self._head.taken(out)
+        return out
 
     def _fed(self, port: Port) -> np.ndarray:
         whole = self.buffers[port.name]

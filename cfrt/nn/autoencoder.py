@@ -89,6 +89,8 @@ class Autoencoder(nn.Module):
         before = torch.zeros_like(latents[:, 0]) if state is None else state
         previous = torch.cat([before[:, None], latents[:, :-1]], dim=1)
         pairs = torch.cat([previous, latents], dim=2).flatten(0, 1)
-        y = F.pixel_shuffle(self.decoder(pairs), FOLD) / CONTRAST + GRAY
+        y = F.pixel_shuffle(self.decoder(pairs), FOLD)
+        # in bf16 GRAY would be a fifth of a level off
+        y = y.to(torch.promote_types(y.dtype, torch.float32)) / CONTRAST + GRAY
         video = y.unflatten(1, (self.temporal, 3)).unflatten(0, (batch, -1)).flatten(1, 2)
         return (video if state is not None else video[:, self.temporal - 1 :]), latents[:, -1]

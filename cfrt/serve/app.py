@@ -28,12 +28,16 @@ from .registry import Registry
 from .routes import PAGE, ROUTERS, Server
 from .rtc import Peers
 from .session import Make
+from .shelf import Shelf
 
 log = logging.getLogger(__name__)
 
 SEND_BUFFER = 64 << 10
 """Bytes that the kernel keeps for a connection; left to itself it keeps megabytes, minutes of a small video: a slow
 viewer would see the distant past, and what it misses would never be dropped."""
+
+BACKLOG = 2048
+"""Connections that may wait to be taken, as uvicorn has it."""
 
 ABOUT = """
 A prompt becomes a live video stream; every stream here can be watched by many and steered while it plays.
@@ -58,6 +62,7 @@ def create_app(
     token: str | None = None,
     hosts: frozenset[str] | None = None,
     addresses: list[str] | None = None,
+    shelf: Shelf | None = None,
 ) -> FastAPI:
     """An ASGI application.
 
@@ -66,30 +71,21 @@ def create_app(
     token: what visitors must show; None lets everybody in.
     hosts: names that the server may be called by, None for any.
     addresses: where WebRTC's media is sent from, None for every interface.
+    shelf: where streams are kept for the next server, None where they end with this one.
     """
     limits = limits or Limits()
-    sessions, peers = Registry(make, limits), Peers(addresses)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(sessions.sweep())
-        yield
-        sweeper.cancel()
-        await peers.close()
-        await sessions.close()
-
     app = FastAPI(
         title="cfrt serve",
         version=__version__,
         description=ABOUT,
-        lifespan=lifespan,
+        lifespan=_lifespan,
         docs_url=None,  # FastAPI's pages load scripts from elsewhere; ours is page/api.html
         redoc_url=None,
         responses=ERRORS,
     )
     app.state.server = Server(
-        sessions=sessions,
-        peers=peers,
+        sessions=Registry(make, limits, shelf),
+        peers=Peers(addresses),
         limits=limits,
         card=messages.ModelCard(**card, limits=asdict(limits)),
         making=Meter(limits.creations_per_minute / 60, burst=limits.creations_per_minute / 3),
@@ -101,6 +97,20 @@ def create_app(
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_middleware(Guard, limits=limits, token=token, hosts=hosts)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """What runs beside the requests, from the first to the last."""
+    server: Server = app.state.server
+    await server.sessions.resume()
+    tasks = [asyncio.create_task(job) for job in (server.sessions.sweep(), server.sessions.keep())]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await server.peers.close()
+    await server.sessions.close()
 
 
 def settings(app: FastAPI, host: str, port: int) -> uvicorn.Config:
@@ -118,18 +128,18 @@ def settings(app: FastAPI, host: str, port: int) -> uvicorn.Config:
     )
 
 
-def listen(config: uvicorn.Config) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """The socket that uvicorn serves, taking connections from now on. CfrtError when it cannot be had."""
-    bound = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     try:
-        bound.bind((config.host, config.port))
-        bound.listen(config.backlog)
+        bound.bind((host, port))
+        bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
         do = "choose another --port, or 0 for a free one"
-        raise CfrtError(f"cannot listen at {config.host}:{config.port}: {error.strerror or error}; {do}") from error
+        raise CfrtError(f"expected to listen at {host}:{port}, got {error.strerror or error}; {do}") from error
     return bound
 
 

@@ -1,16 +1,20 @@
 """One stream's frames to many viewers. A slow viewer loses frames of its own and never makes anybody wait.
 
 The stream's thread hands each frame to the event loop; there it goes into the small buffer of every viewer, the oldest
-frame out when that is full. What costs time per frame and not per viewer (JPEG) is done once, by the stream's thread.
+frame out when that is full. What costs time per frame and not per viewer (JPEG, VP8) is done once, by the stream's
+thread.
 """
 
 import asyncio
 from collections import deque
 from functools import cached_property
-from time import perf_counter
+from typing import Literal
 
 from ..frame import Frame
+from .film import Coded
 from .formats import jpeg
+
+Codec = Literal["jpeg", "vp8", "vp8 stamped"]
 
 BUFFER = 4
 """Frames that wait for a viewer: a quarter of a second at 16 fps. A longer queue would show an old prompt."""
@@ -20,7 +24,8 @@ class Shot:
     """A frame on its way to the viewers. `tick` counts what was shown, whatever was rewound meanwhile."""
 
     def __init__(self, frame: Frame, tick: int) -> None:
-        self.frame, self.tick, self.born = frame, tick, perf_counter()
+        self.frame, self.tick = frame, tick
+        self.vp8: dict[Codec, Coded] = {}
 
     @cached_property
     def jpeg(self) -> bytes:
@@ -30,9 +35,9 @@ class Shot:
 class Viewer:
     """What one viewer has yet to see. Used in the event loop alone."""
 
-    def __init__(self, kind: str, *, shows: bool = True, jpeg: bool = False, buffer: int = BUFFER) -> None:
-        """shows: are frames counted as sent and dropped here? jpeg: are they wanted as JPEG?"""
-        self.kind, self.shows, self.jpeg = kind, shows, jpeg
+    def __init__(self, kind: str, *, codec: Codec | None = None, shows: bool = True, buffer: int = BUFFER) -> None:
+        """codec: as what frames are wanted, None as pixels. shows: are they counted as sent and dropped here?"""
+        self.kind, self.codec, self.shows = kind, codec, shows
         self.sent, self.dropped = 0, 0
         self._shots: deque[Shot] = deque(maxlen=buffer)
         self._news = False
@@ -117,9 +122,9 @@ class Broadcast:
             viewer.close()
 
     @property
-    def wants_jpeg(self) -> bool:
+    def wanted(self) -> set[Codec | None]:
         """Asked from the stream's thread: `viewers` may change size meanwhile, so a copy is read."""
-        return any(viewer.jpeg for viewer in tuple(self.viewers))
+        return {viewer.codec for viewer in tuple(self.viewers)}
 
     @property
     def sent(self) -> int:

@@ -157,6 +157,8 @@ def answer(refusal: Refusal) -> JSONResponse:
     headers = {}
     if refusal.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if refusal.status == 500:
+        headers["connection"] = "close"  # as uvicorn will after a failure, and a next request would get no answer
     if refusal.wait:
         headers["retry-after"] = str(int(refusal.wait) + 1)
     return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)

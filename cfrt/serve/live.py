@@ -47,7 +47,7 @@ class Live:
     def __init__(self, socket: WebSocket, sessions: Registry, steering: Meter, making: Meter) -> None:
         self._socket, self._sessions, self._steering, self._making = socket, sessions, steering, making
         at_once = socket.query_params.get("video") == "jpeg"
-        self._viewer = Viewer("websocket", shows=at_once, jpeg=at_once)
+        self._viewer = Viewer("websocket", codec="jpeg" if at_once else None, shows=at_once)
         self._sending = asyncio.Lock()
         self._unit, self._prompt, self._told = -1, "", 0.0
 
@@ -81,7 +81,7 @@ class Live:
             if shot is None and not news:
                 return
             if news:
-                await self._say({"type": "state", **session.state()})
+                await self._say({"type": "state", **session.common_state()})
             if session.error is not None:
                 return
             if shot is not None:
@@ -95,15 +95,16 @@ class Live:
             await self._say({"type": "unit", **told})
         if frame.prompt != self._prompt:
             self._prompt = frame.prompt
-            await self._say({"type": "state", **session.state()})
-        if self._viewer.jpeg:
+            await self._say({"type": "state", **session.common_state()})
+        if self._viewer.codec == "jpeg":
             head = HEADER.pack(
                 frame.index, frame.unit, shot.tick & 0xFFFFFFFF, min(round(1e6 * frame.latency), 2**32 - 1)
             )
             await self._send(head + shot.jpeg)
         if monotonic() - self._told >= STATS_EVERY:
             self._told = monotonic()
-            await self._say({"type": "stats", "reach": session.reach, **session.stats()})
+            state = session.common_state()
+            await self._say({"type": "stats", "reach": state["reach"], **state["stats"]})
 
     async def _say(self, message: dict[str, Any]) -> None:
         async with self._sending, asyncio.timeout(STUCK):
@@ -147,7 +148,8 @@ class Live:
 
     async def _do(self, session: Session, wish: messages.ControlMessage | messages.VideoMessage) -> dict[str, Any]:
         if isinstance(wish, messages.VideoMessage):
-            self._viewer.jpeg = self._viewer.shows = wish.format == "jpeg"
+            self._viewer.shows = wish.format == "jpeg"
+            self._viewer.codec = "jpeg" if self._viewer.shows else None
             return {"type": "done", "change": None}
         if wish.restart:
             self._making.pay(self._socket)

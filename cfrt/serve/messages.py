@@ -86,7 +86,7 @@ class Offer(Wire):
     sdp: str = Field(max_length=20_000)
     type: Literal["offer", "answer"]
     stamped: bool = Field(
-        False, description="Draw each frame's tick below it (cfrt/serve/rtc.py), as the page wants it."
+        False, description="Draw each frame's tick below it (cfrt/serve/film.py), as the page wants it."
     )
 
 

@@ -1,8 +1,11 @@
 """How the server says no: one JSON shape for every error, with what was expected, what came and what to do next."""
 
+import re
 from typing import Any
 
 from ..errors import CfrtError
+
+SENTENCE = re.compile(r"expected (.+?), got (.+?)(?:; (.+))?")
 
 LONGEST_ECHO = 120
 """Characters of what came that an answer repeats."""
@@ -26,9 +29,13 @@ def clipped(value: Any) -> str:
 
 
 def of_library(error: CfrtError) -> Refusal:
-    """An error of the library: its message already says all three."""
-    refusal = Refusal(422, expected="", got="", do="")
-    refusal.args = (" ".join(str(error).split()),)
+    """An error of the library, whose message says all three: "expected ..., got ...; ...". Of a message that does not,
+    what came before its first semicolon is what came."""
+    message = " ".join(str(error).split())
+    said = SENTENCE.fullmatch(message)
+    expected, got, do = said.groups() if said else ("a wish that this stream can follow", *message.partition("; ")[::2])
+    refusal = Refusal(422, expected=expected, got=got, do=do or "see /docs for what there is")
+    refusal.args = (message,)
     return refusal
 
 

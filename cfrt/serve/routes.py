@@ -177,7 +177,7 @@ async def frames(
     scale: Annotated[int | None, Query(ge=1, le=16, description="mp4: enlarge by this factor")] = None,
 ) -> StreamingResponse:
     """The video from now on. Fragmented mp4 (H.264) for players, or multipart JPEG for <img>."""
-    viewer = Viewer(format, jpeg=format == "mjpeg")
+    viewer = Viewer(format, codec="jpeg" if format == "mjpeg" else None)
     session.enter(viewer)
     leave = partial(session.leave, viewer)
     if format == "mjpeg":

@@ -13,11 +13,9 @@ from fractions import Fraction
 from typing import Any
 
 import av
-import numpy as np
-from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc import MediaStreamTrack, RTCConfiguration, RTCPeerConnection, RTCRtpSender, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 
-from ..picture import enlarge
 from .broadcast import Viewer
 from .messages import Offer
 from .refusal import Refusal
@@ -28,35 +26,39 @@ log = logging.getLogger(__name__)
 CLOCK = 90_000
 """RTP's clock for video, Hz."""
 
-SMALLEST = 128
-"""Pixels of the shorter side, by a whole factor: with half the chroma a small frame would lose its colours' edges."""
-
-CELL, BITS = 8, 16
-"""Of the strip that says which frame it is: pixels along a cell, cells. page/video.js reads it."""
+CODECS = ("VP8", "rtx")
+"""What every browser reads (RFC 7742, 5), and sending a lost packet again."""
 
 PATIENCE = 15.0
 """Seconds in which a connection must come about."""
 
 
 class LiveTrack(MediaStreamTrack):
-    """A viewer as a track of video."""
+    """A viewer as a track of video that is encoded already."""
 
     kind = "video"
 
-    def __init__(self, viewer: Viewer, fps: float, *, stamped: bool) -> None:
+    def __init__(self, viewer: Viewer, session: Session) -> None:
         super().__init__()
-        self.viewer, self._fps, self._stamped = viewer, fps, stamped
+        assert viewer.codec is not None
+        self.viewer, self._codec = viewer, viewer.codec
+        self.film, self._fps = session.films[self._codec], session.fps
+        self._last: int | None = None  # number of the last frame sent
 
-    async def recv(self) -> av.VideoFrame:
-        shot = await self.viewer.shot()
-        if shot is None or self.readyState != "live":
-            self.stop()
-            raise MediaStreamError
-        pixels = shot.frame.pixels
-        pixels = enlarge(pixels, -(-SMALLEST // min(pixels.shape[:2])))
-        frame = av.VideoFrame.from_ndarray(stamped(pixels, shot.tick) if self._stamped else pixels, format="rgb24")
-        frame.pts, frame.time_base = round(shot.tick * CLOCK / self._fps), Fraction(1, CLOCK)
-        return frame
+    async def recv(self) -> av.Packet:
+        while (shot := await self.viewer.shot()) is not None and self.readyState == "live":
+            coded = shot.vp8.get(self._codec)
+            if coded is None:  # it was on show before anybody watched it this way
+                coded = await asyncio.to_thread(self.film.still, shot.frame.pixels, shot.tick)
+            if not coded.follows(self._last):
+                self.film.ask()
+                continue
+            self._last = coded.number
+            packet = av.Packet(coded.data)
+            packet.pts, packet.time_base = round(shot.tick * CLOCK / self._fps), Fraction(1, CLOCK)
+            return packet
+        self.stop()
+        raise MediaStreamError
 
 
 class Peers:
@@ -70,11 +72,11 @@ class Peers:
 
     async def answer(self, session: Session, offer: Offer) -> Offer:
         """A connection for the session's video. Refusal when the offer cannot be read or wants no video."""
-        viewer = Viewer("webrtc")
+        viewer = Viewer("webrtc", codec="vp8 stamped" if offer.stamped else "vp8")
         session.enter(viewer)
         peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._open.add(peer)
-        track = LiveTrack(viewer, session.fps, stamped=offer.stamped)
+        track = LiveTrack(viewer, session)
         try:
             await self._negotiate(peer, offer, track)
         except Exception as error:
@@ -96,13 +98,14 @@ class Peers:
     async def _negotiate(self, peer: RTCPeerConnection, offer: Offer, track: LiveTrack) -> None:
         if offer.type != "offer":
             raise Refusal(422, expected='type "offer"', got=offer.type, do="send what createOffer() gave")
+        video = peer.addTransceiver(track, "sendonly")
+        video.setCodecPreferences([one for one in RTCRtpSender.getCapabilities("video").codecs if one.name in CODECS])
+        # aiortc's own would ask an encoder that is not used.
+        video.sender._send_keyframe = track.film.ask  # type: ignore[method-assign]
         await peer.setRemoteDescription(RTCSessionDescription(without_candidates(offer.sdp), "offer"))
-        wanted = [one for one in peer.getTransceivers() if one.kind == "video"]
-        if not wanted:
+        if video.mid is None:
             do = "addTransceiver('video', {direction: 'recvonly'}) before createOffer()"
             raise Refusal(422, expected="an offer to receive video", got="one without", do=do)
-        wanted[0].sender.replaceTrack(track)
-        wanted[0].direction = "sendonly"
         for transceiver in peer.getTransceivers():
             self._narrow(transceiver.receiver.transport.transport.iceGatherer)
         await peer.setLocalDescription(await peer.createAnswer())
@@ -144,20 +147,11 @@ class Peers:
         await peer.close()
 
 
-def stamped(pixels: np.ndarray, tick: int) -> np.ndarray:
-    """A strip below the picture: the tick's low bits as white and black cells, least first. A browser does not say
-    which frame of a track it shows; this does, through any codec, and so the time from a change to its pixels can be
-    measured where they are seen."""
-    bits = (tick >> np.arange(BITS)) & 1
-    strip = np.zeros((CELL, pixels.shape[1], 3), dtype=np.uint8)
-    strip[:, : BITS * CELL] = 255 * bits.repeat(CELL)[None, :, None]
-    return np.concatenate([pixels, strip])
-
-
 def without_candidates(sdp: str) -> str:
     """A session description without the addresses that it names."""
     return re.sub(r"(?m)^a=(candidate:.*|end-of-candidates)\r?\n?", "", sdp)
 
 
 def _unreadable(error: Exception) -> Refusal:
-    return Refusal(422, expected="a session description (SDP)", got=type(error).__name__, do="send createOffer()'s")
+    expected = "a session description (SDP) that knows VP8"
+    return Refusal(422, expected=expected, got=type(error).__name__, do="send createOffer()'s")

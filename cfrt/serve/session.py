@@ -17,10 +17,12 @@ from ..errors import CfrtError
 from ..stats import Recent, Stats, Timing
 from ..stream import Change, Stream
 from . import messages
-from .broadcast import Broadcast, Shot, Viewer
+from .broadcast import Broadcast, Codec, Shot, Viewer
+from .film import Film
 from .limits import Limits
 from .recorder import Recorder
 from .refusal import Refusal
+from .shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,15 @@ class Session:
         self.broadcast, self.overhead = Broadcast(), Recent()
         self.recorder: Recorder | None = None
         self.error: str | None = None
+        self._news = 0  # times that viewers were told of a change
+        self._common: tuple[Any, dict[str, Any]] = (None, {})
+        self._kept: tuple[Any, ...] = ()  # where it was when it was put on the shelf
         self.touched = monotonic()
         self._make, self._stream = make, stream
+        self.films: dict[Codec, Film] = {
+            "vp8": Film(self.fps, stamped=False),
+            "vp8 stamped": Film(self.fps, stamped=True),
+        }
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()  # one control at a time
         self._wake = threading.Condition()  # of the thread that plays: watched, replaced, closed
@@ -121,6 +130,7 @@ class Session:
 
     def tell(self) -> None:
         """Viewers learn the present state."""
+        self._news += 1
         self.broadcast.tell()
 
     async def close(self) -> None:
@@ -149,6 +159,13 @@ class Session:
             "error": self.error,
             "stats": self.stats(),
         }
+
+    def common_state(self) -> dict[str, Any]:
+        """`state`, worked out once for all viewers who ask at the same frame."""
+        here = (self._news, self.broadcast.last, len(self.broadcast.viewers), self.error)
+        if self._common[0] != here:
+            self._common = (here, self.state())
+        return self._common[1]
 
     def stats(self) -> dict[str, Any]:
         """`messages.StreamStats` as JSON, times in milliseconds."""
@@ -201,6 +218,15 @@ class Session:
             self._check_alive()
             return self._stream.branch()
 
+    def keep(self, shelf: Shelf) -> None:
+        """Puts the stream on the shelf as it is now, unless it is there so already."""
+        with self._lock:
+            here = (self._stream, self._stream.stats.frames, self._stream.paused, self._stream.changes, self.seed)
+            if here == self._kept or self._closed or self.error is not None:
+                return
+            shelf.keep(self.id, self._stream.snapshot(portable=True), paused=self._stream.paused)
+            self._kept = here
+
     def _steer(self, wish: messages.Control) -> Change | None:
         stream = self._stream
         if wish.rewind is not None:
@@ -217,7 +243,7 @@ class Session:
         return change
 
     def _restart(self, prompt: str, seed: int, image: np.ndarray | None = None) -> None:
-        old, paused = self._stream, self._stream.paused
+        old, paused, self.overhead = self._stream, self._stream.paused, Recent()
         self._stream = self._make(prompt, seed=seed, image=image)
         self.seed = seed
         self._reads(prompt)
@@ -247,13 +273,20 @@ class Session:
             for frame in stream.frames():
                 begin = perf_counter()
                 shot = Shot(frame, next(self._ticks))
-                if self.broadcast.wants_jpeg:
-                    _ = shot.jpeg
+                self._encode(shot)
                 self._loop.call_soon_threadsafe(self._arrived, stream, shot, begin)
                 self._wait_for_viewers(stream)
         except Exception as error:
             if not self._loop.is_closed():  # the server has not ended before the stream
                 self._failed(stream, error)
+
+    def _encode(self, shot: Shot) -> None:
+        """As the viewers want it."""
+        for codec in self.broadcast.wanted:
+            if codec == "jpeg":
+                _ = shot.jpeg
+            elif codec is not None:
+                shot.vp8[codec] = self.films[codec].add(shot.frame.pixels, shot.tick)
 
     def _wait_for_viewers(self, stream: Stream) -> None:
         with self._wake:

@@ -71,6 +71,7 @@ Autoencoder::Table Autoencoder::groups(std::int64_t rows, std::int64_t taps) {
 
 struct Autoencoder::Loader {
     const Autoencoder& to;
+    const Model& model;
     const FindTensor& find;
 
     // value(out, tap, in) is a weight, source(out) the number of a bias.
@@ -112,14 +113,14 @@ struct Autoencoder::Loader {
                 sum += w[(o * kPixels + frame * kPicture + i) * 9 + tap];
             return static_cast<float>(sum);
         };
-        return pack(find(name + ".bias", {out}), out, kPicture, to.near_[2], 1, value, [](auto o) { return o; });
+        return pack(find(name + ".bias", {out}), out, kPicture, model.near[2], 1, value, [](auto o) { return o; });
     }
 
     // 1 x 1 behind a pixel unshuffle: channel 4 i + q is channel i of the quarter q.
     Conv gather(const std::string& name, std::int64_t out, std::int64_t in) const {
         const float* w = find(name + ".weight", {out, 4 * in, 1, 1});
         return pack(
-            find(name + ".bias", {out}), out, in, to.four_, 1,
+            find(name + ".bias", {out}), out, in, model.four, 1,
             [=](auto o, auto tap, auto i) { return w[o * 4 * in + 4 * i + tap]; }, [](auto o) { return o; });
     }
 
@@ -128,7 +129,7 @@ struct Autoencoder::Loader {
         const float* w = find(name + ".weight", {4 * out, in, 1, 1});
         const auto source = [=](auto o) { return o % out * 4 + o / out; };
         return pack(
-            find(name + ".bias", {4 * out}), 4 * out, in, to.alone_, 4,
+            find(name + ".bias", {4 * out}), 4 * out, in, model.alone, 4,
             [=](auto o, auto, auto i) { return w[source(o) * in + i]; }, source);
     }
 
@@ -138,7 +139,7 @@ struct Autoencoder::Loader {
 
     Encoder encoder() const {
         const std::int64_t* w = to.shape_.widths;
-        const Table* near = to.near_;
+        const Table* near = model.near;
         return {still("encoder.0", w[0]),
                 residual("encoder.1", w[0], near[2]),
                 gather("encoder.3", w[1], w[0]),
@@ -150,14 +151,14 @@ struct Autoencoder::Loader {
 
     Decoder decoder() const {
         const std::int64_t* w = to.shape_.widths + 3;
-        const Table* near = to.near_;
+        const Table* near = model.near;
         return {conv("decoder.0", w[0], 2 * to.shape_.channels, near[0]),
                 residual("decoder.1", w[0], near[0]),
                 scatter("decoder.2", w[1], w[0]),
                 {residual("decoder.4", w[1], near[1]), residual("decoder.5", w[1], near[1])},
                 scatter("decoder.6", w[2], w[1]),
                 {residual("decoder.8", w[2], near[2]), residual("decoder.9", w[2], near[2])},
-                conv("decoder.11", kPixels, w[2], to.raster_)};
+                conv("decoder.11", kPixels, w[2], model.raster)};
     }
 
     std::vector<float> channel(const std::string& name) const {
@@ -167,6 +168,17 @@ struct Autoencoder::Loader {
     }
 };
 
+Autoencoder::Model::Model(const Autoencoder& of, const FindTensor& find)
+    : near{of.neighbours(0, of.frames_, false), of.neighbours(1, of.frames_, false),
+           of.neighbours(2, of.frames_, false)},
+      raster(of.neighbours(2, of.frames_, true)),
+      alone(groups(of.frames_ * of.sites(1), 1)),
+      four(groups(of.sites(1), 4)),
+      encoder(Loader{of, *this, find}.encoder()),
+      decoder(Loader{of, *this, find}.decoder()),
+      mean(Loader{of, *this, find}.channel("latent_mean")),
+      deviation(Loader{of, *this, find}.channel("latent_std")) {}
+
 Autoencoder::Autoencoder(const Kernels& kernels, Precision precision, const AutoencoderShape& shape,
                          const FindTensor& find, std::int64_t frames, Threads& threads)
     : kernels_(kernels),
@@ -174,21 +186,24 @@ Autoencoder::Autoencoder(const Kernels& kernels, Precision precision, const Auto
       shape_(checked(shape, frames)),
       frames_(frames),
       threads_(threads),
-      near_{neighbours(0, frames, false), neighbours(1, frames, false), neighbours(2, frames, false)},
-      raster_(neighbours(2, frames, true)),
-      alone_(groups(frames * sites(1), 1)),
-      four_(groups(sites(1), 4)),
-      encoder_(Loader{*this, find}.encoder()),
-      decoder_(Loader{*this, find}.decoder()),
-      mean_(Loader{*this, find}.channel("latent_mean")),
-      deviation_(Loader{*this, find}.channel("latent_std")) {
+      model_(std::make_shared<const Model>(*this, find)) {
+    reserve();
+}
+
+Autoencoder::Autoencoder(const Autoencoder& of, Threads& threads)
+    : kernels_(of.kernels_),
+      precision_(of.precision_),
+      shape_(of.shape_),
+      frames_(of.frames_),
+      threads_(threads),
+      model_(of.model_) {
     reserve();
 }
 
 template <class Visit>
 void Autoencoder::for_each_conv(Visit visit) const {
-    const Encoder& e = encoder_;
-    const Decoder& d = decoder_;
+    const Encoder& e = model_->encoder;
+    const Decoder& d = model_->decoder;
     for (const Conv* conv : {&e.in, &e.to_eighth, &e.to_sixteenth, &e.out, &d.in, &d.to_eighth, &d.to_quarter, &d.out})
         visit(*conv);
     for (const Residual* block :
@@ -329,7 +344,7 @@ void Autoencoder::decode_some(std::uint8_t* pixels, const float* latents, std::i
             for (std::int64_t c = 0; c < channels; ++c) *pair++ = now[c * cells + cell];
         }
     }
-    const Decoder& d = decoder_;
+    const Decoder& d = model_->decoder;
     enter(count * cells, 2 * channels);
     to_stream(d.in, Epilogue::none, count * sites(0), Next::silu);
     through(d.sixteenth, count * sites(0), Next::copy);
@@ -356,7 +371,7 @@ void Autoencoder::to_pixels(std::uint8_t* pixels, std::int64_t count, bool start
             in_pieces(row * width, (row + rows) * width, kBlock, [&](std::int64_t begin, std::int64_t end) {
                 Gemm piece = g;
                 piece.out = scratch.pixels.as<float>() + (begin - row * width) * kPixels;
-                product(decoder_.out, begin, end, scratch, piece);
+                product(model_->decoder.out, begin, end, scratch, piece);
             });
             std::uint8_t* to = pixels + before * shape_.bytes() + y * kFold * width * kFold * 3;
             kernels_.pointwise.pixels({scratch.pixels.as<float>(), kPixels, height, width, shape_.kTemporal, missing,
@@ -379,7 +394,7 @@ void Autoencoder::encode(float* latent, const std::uint8_t* picture) {
                         *to++ = (static_cast<float>(picture[pixel * 3 + c]) / 255.0f - kGray) * kContrast;
                     }
         }
-    const Encoder& e = encoder_;
+    const Encoder& e = model_->encoder;
     enter(sites(2), kPicture);
     to_stream(e.in, Epilogue::none, sites(2), Next::silu);
     through(e.quarter, sites(2), Next::copy);
@@ -391,8 +406,9 @@ void Autoencoder::encode(float* latent, const std::uint8_t* picture) {
     const float* raw = stream_.as<float>();
     for (std::int64_t c = 0; c < shape_.channels; ++c)
         for (std::int64_t cell = 0; cell < sites(0); ++cell)
-            latent[c * sites(0) + cell] = (raw[cell * shape_.channels + c] - mean_[static_cast<std::size_t>(c)]) /
-                                          deviation_[static_cast<std::size_t>(c)];
+            latent[c * sites(0) + cell] =
+                (raw[cell * shape_.channels + c] - model_->mean[static_cast<std::size_t>(c)]) /
+                model_->deviation[static_cast<std::size_t>(c)];
 }
 
 }  // namespace cfrt

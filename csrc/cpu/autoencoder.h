@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,8 @@ class Autoencoder {
     // latent frames are decoded side by side. `threads` must outlive the object.
     Autoencoder(const Kernels& kernels, Precision precision, const AutoencoderShape& shape, const FindTensor& find,
                 std::int64_t frames, Threads& threads);
+    // For another stream: the packed weights are in memory once.
+    Autoencoder(const Autoencoder& of, Threads& threads);
 
     // Pixels of `count` latent frames, [count * 4][H][W][3], or 3 frames fewer where `previous` is null: there the
     // stream starts. latents [count][channels][rows][columns], normalised; `previous` is the latent frame before them.
@@ -50,7 +53,7 @@ class Autoencoder {
     // The latent frame [channels][rows][columns], normalised, of a picture [H][W][3] that starts a stream.
     void encode(float* latent, const std::uint8_t* picture);
 
-    Autoencoder(const Autoencoder&) = delete;  // its parts point to each other
+    Autoencoder(const Autoencoder&) = delete;
     Autoencoder& operator=(const Autoencoder&) = delete;
 
     const AutoencoderShape& shape() const { return shape_; }
@@ -98,6 +101,17 @@ class Autoencoder {
         Buffer pixels;  // before they are rounded
     };
     struct Loader;
+    // What all streams of a model read.
+    struct Model {
+        Model(const Autoencoder& of, const FindTensor& find);
+        Model(const Model&) = delete;  // the convolutions point to the tables
+        Model& operator=(const Model&) = delete;
+
+        const Table near[3], raster, alone, four;  // by level: 1/16, 1/8, 1/4 of the picture
+        const Encoder encoder;
+        const Decoder decoder;
+        const std::vector<float> mean, deviation;
+    };
 
     Table neighbours(int level, std::int64_t frames, bool raster) const;
     static Table groups(std::int64_t rows, std::int64_t taps);
@@ -126,10 +140,7 @@ class Autoencoder {
     const AutoencoderShape shape_;
     const std::int64_t frames_;
     Threads& threads_;
-    const Table near_[3], raster_, alone_, four_;  // by level: 1/16, 1/8, 1/4 of the picture
-    const Encoder encoder_;
-    const Decoder decoder_;
-    const std::vector<float> mean_, deviation_;
+    const std::shared_ptr<const Model> model_;
     std::int64_t margin_ = 0;       // words before a plane: the zeros that position -1 stands for
     int at_ = 0;                    // the plane that the next product reads; it writes the other one
     Buffer planes_[2];              // positions as the next product's rows want them; fp32 for int8

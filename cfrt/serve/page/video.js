@@ -5,7 +5,7 @@
 
 import { call } from "./api.js";
 
-const CELL = 8; // pixels; cfrt/serve/rtc.py draws them
+const CELL = 8; // pixels; cfrt/serve/film.py draws them
 const PATIENCE = 4000; // ms until WebRTC is given up
 
 /** Frames of a WebSocket message: four little-endian uint32 (index, unit, tick, latency in us), then a JPEG. */

@@ -102,7 +102,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator:
 
 @pytest.fixture(autouse=True)
 def _random_state() -> Iterator[None]:
-    """Each test leaves the global random states as it found them, so that order does not matter."""
+    """Each test leaves the global random states and torch's threads as it found them, so that order does not matter."""
     torch = sys.modules.get("torch")
     python, numpy = random.getstate(), np.random.get_state()
     of_torch = torch.get_rng_state() if torch else None
@@ -111,6 +111,8 @@ def _random_state() -> Iterator[None]:
     np.random.set_state(numpy)
     if of_torch is not None:
         torch.set_rng_state(of_torch)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # a command's --threads; two of them on busy cores wait for each other
 
 
 # ---------------------------------------------------------------------- streams, servers

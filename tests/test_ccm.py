@@ -65,6 +65,21 @@ def test_the_derivative_is_that_of_a_small_step() -> None:
         torch.testing.assert_close(slope, (at(h) - at(-h)) / (2 * h), atol=1e-5, rtol=1e-5)
 
 
+def test_in_time_it_may_be_a_difference() -> None:
+    """Exact in x, and from one level to the next in s; near s = 0 down to that."""
+    network, batch = _network().double(), _Clips().all
+    batch = replace(batch, latents=batch.latents.double())
+    x, direction = torch.randn(2, *batch.latents.shape, dtype=torch.float64)
+    s, h, apart = torch.rand(8, 6, dtype=torch.float64), 1e-6, 0.1
+    s[:4, 2] = 0.03
+    v, slope = ccm.along(network, x, s, batch, direction, apart)
+    with torch.no_grad():
+        ahead, behind = (network.teacher_forced(x + step * direction, s, batch) for step in (h, -h))
+        lower = network.teacher_forced(x, (s - apart).clamp(min=0), batch)
+    in_time = (v - lower) / broadcast(s.clamp(max=apart))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * h) + in_time, atol=1e-5, rtol=1e-5)
+
+
 def test_training_makes_jumps_consistent() -> None:
     """The jump of the student changes less along its teacher's ODE after training than before."""
     clips = _Clips()

@@ -7,7 +7,10 @@ does not change along the teacher's ODE (sCM, arXiv:2410.11081; MeanFlow, arXiv:
 
 The bracket is the derivative of v along (dx/ds, ds) = (v_T, 1): one forward-mode pass (JVP) through the teacher-forced
 mask. v is pulled by g, the right-hand side at fixed weights, with the two devices of sCM that keep it stable: the
-bracket is faded in over the first steps, and g is normalised (here per unit)."""
+bracket is faded in over the first steps, and g is normalised (here per unit). A third is needed where time is embedded
+as Wan does it, turning by a radian in 0.001 of s: dv/ds feeds on itself there until nothing is left of the student, and
+a difference over a distance that is long beside that (`Config.apart`) does not. rCM (arXiv:2510.08431, semi-continuous
+time) takes one over 1e-4."""
 
 from __future__ import annotations
 
@@ -37,11 +40,8 @@ class Config:
     guidance: float = 4.0
     fade_in: float = 0.3
     """Share of the steps over which the derivative of v comes in."""
-    bound: float | None = None
-    """Largest root mean square of a unit's s (dv/dx . v_T + dv/ds). Where the jump does not change it is v_T - v, of
-    the order of 1; beyond that it is the time embedding's, which turns by a radian in 0.001 of s, and feeds itself."""
-    normalised: bool = True
-    """Whether g is; bounded, it need not be."""
+    apart: float | None = None
+    """dv/ds is a difference of levels so far apart; None = exact."""
     ema: float = 0.98
     first_weight: float = 3.0
     early_weight: float = 2.0
@@ -75,13 +75,10 @@ class Stage:
         s = flow.warp(u, self.model.shift)
         x = flow.add_noise(x0, torch.randn(x0.shape, generator=generator), broadcast(s))
         v_teacher = guided(self.teacher.teacher_forced, x, s, batch, config.guidance)
-        v, slope = along(self.student, x, s, batch, v_teacher)
-        bend = broadcast(s) * slope
-        if config.bound is not None:
-            bend = bend * broadcast((config.bound / _size(bend, unit)).clamp(max=1))
-        g = v_teacher - v - self.fade * bend
+        v, slope = along(self.student, x, s, batch, v_teacher, config.apart)
+        g = v_teacher - v - self.fade * broadcast(s) * slope
         size = _size(g, unit)
-        goal = v + (g / broadcast(size + SOFT) if config.normalised else g)
+        goal = v + g / broadcast(size + SOFT)
         error = (self.student.teacher_forced(x, s, batch) - goal).square().mean((0, 2, 3, 4))
         weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
         return (error * weights).mean(), {"loss": size.mean(), "slope": slope.abs().mean()}
@@ -93,11 +90,17 @@ def _size(x: Tensor, unit: int) -> Tensor:
 
 
 @torch.no_grad()
-def along(student: Network, x: Tensor, s: Tensor, batch: Batch, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """(v, its derivative along dx/ds = direction) of the student on the clean past of the batch.
+def along(
+    student: Network, x: Tensor, s: Tensor, batch: Batch, direction: Tensor, apart: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(v, its derivative along dx/ds = direction) of the student on the clean past of the batch; in s alone it is a
+    difference over `apart`, where that is given, or down to s = 0.
 
     Forward mode needs attention written out in its parts; the fused CPU kernels have no derivative of this kind."""
     with sdpa_kernel(SDPBackend.MATH):
-        tangents = (direction, torch.ones_like(s))
+        tangents = (direction, torch.ones_like(s) if apart is None else torch.zeros_like(s))
         v, slope = torch.func.jvp(lambda x, s: student.teacher_forced(x, s, batch), (x, s), tangents)[:2]
+    if apart is not None:
+        lower = (s - apart).clamp(min=0)
+        slope = slope + (v - student.teacher_forced(x, lower, batch)) / broadcast((s - lower).clamp(min=1e-6))
     return v, slope

@@ -67,7 +67,7 @@ class Config:
     """Of every teacher: in ODE pairs and in the steps of consistency distillation."""
     ode: ode.Config = field(default_factory=lambda: ode.Config(pairs=512, euler_steps=24, steps=600))
     cd: cd.Config = field(default_factory=lambda: cd.Config(steps=600, levels=24))
-    ccm: ccm.Config = field(default_factory=lambda: ccm.Config(steps=600))
+    ccm: ccm.Config = field(default_factory=lambda: ccm.Config(steps=600, lr=2e-4, apart=0.02))
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=60))
     teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=1600))
     """AR teachers of units other than the released one's, trained from it."""

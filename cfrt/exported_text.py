@@ -6,7 +6,6 @@ import numpy as np
 import onnxruntime
 
 from .errors import BundleError
-from .tokens import Tokens
 
 
 class ExportedUMT5:
@@ -15,6 +14,8 @@ class ExportedUMT5:
     graph: the encoder's, from `ids` int64 [n] to `rows` float32 [n, width]; its weights lie beside it."""
 
     def __init__(self, graph: Path, tokenizer: Path, length: int) -> None:
+        from .tokens import Tokens  # its libraries are those of `cfrt[wan]`, and an export only wants `session`
+
         self._session = session(graph)
         self._tokens = Tokens(tokenizer, length)
 

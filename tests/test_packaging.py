@@ -131,6 +131,19 @@ def test_the_plain_install_streams(bare: Path, tmp_path: Path) -> None:
     assert (training.returncode, training.stderr) == (1, "training: it needs PyTorch: pip install 'cfrt[train]'\n")
 
 
+def test_an_export_needs_its_own_extra_alone() -> None:
+    """`pip install 'cfrt[export]'`: none of what other extras bring is imported."""
+    others = ("ftfy", "tokenizers", "transformers", "fastapi", "aiortc", "lmdb", "webdataset", "tensorrt_rtx", "cuda")
+    missing = f"import sys; sys.modules.update(dict.fromkeys({others}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{missing}; import export.onnx, export.trt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["trt", "onnx"])
 def test_an_export_that_cannot_be_done_says_so(elsewhere: Path, tmp_path: Path, module: str) -> None:
     command = ("python", "-m", f"export.{module}", "--weights", "student.pt", "--out", "bundle", "--model")

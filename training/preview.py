@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
+import av
 import torch
 from torch import Tensor
 
+from cfrt.picture import png
 from training.worlds import UNIT_FRAMES
 
 
@@ -19,23 +19,12 @@ def sheet(video: Tensor, path: Path, every: int = UNIT_FRAMES) -> None:
 
 
 def write(picture: Tensor, path: Path) -> None:
-    """Write [H, W, 3] uint8 as a PNG (ISO/IEC 15948), each line as its difference from the one above."""
-    height, width, _ = picture.shape
-    above = torch.cat([torch.zeros_like(picture[:1]), picture[:-1]])
-    lines = torch.cat([torch.full((height, 1), 2, dtype=torch.uint8), (picture - above).flatten(1)], 1)
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(lines.numpy().tobytes(), 9)), (b"IEND", b""))
+    """Write [H, W, 3] uint8 as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks))
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(png(picture.numpy()))
 
 
 def read(path: Path) -> Tensor:
     """[H, W, 3] uint8 of a picture."""
-    import av  # training itself needs no codecs
-
     with av.open(str(path)) as container:
         return torch.from_numpy(next(container.decode(video=0)).to_ndarray(format="rgb24"))

@@ -158,7 +158,7 @@ def play(plan: Script, units: int, generator: torch.Generator) -> worlds.Scene:
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, video: Tensor, chunk: int = 8) -> Tensor:
     """Latents of a batch of clips, a few at a time (a convolution over hundreds of units falls out of the cache)."""
-    chunk *= 16 if video.is_cuda else 1
+    chunk *= worlds.ON_GPU if video.is_cuda else 1
     return torch.cat([autoencoder.encode(video[first : first + chunk]) for first in range(0, len(video), chunk)])
 
 

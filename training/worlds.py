@@ -58,6 +58,7 @@ PALETTE = torch.tensor(
 DRIFT = 2 * math.pi / 48  # phase of the background a frame: one wave passes in three seconds
 SHADE = 0.012  # brightness a pixel above the object's centre, so that it looks lit from above
 SHADE_LIMIT = 0.13
+ON_GPU = 16  # times as many clips at once: what is too much for a CPU's cache is too little for a GPU
 
 
 def _pixel_grid() -> tuple[Tensor, Tensor]:
@@ -309,7 +310,7 @@ def _advance(position: Tensor, heading: Tensor, radius: Tensor, step: Tensor) ->
 def render(scene: Scene, chunk: int = 4) -> Tensor:
     """[B, T, 3, SIDE, SIDE] float32 in [0, 1]. Drawn `chunk` clips at a time: what fits the cache is several times
     faster."""
-    chunk *= 16 if scene.position.is_cuda else 1
+    chunk *= ON_GPU if scene.position.is_cuda else 1
     parts = [_render(scene, slice(first, first + chunk)) for first in range(0, len(scene), chunk)]
     return torch.cat(parts)
 

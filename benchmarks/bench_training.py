@@ -285,7 +285,7 @@ def ode_stage() -> loop.Stage:
 
 def cd_stage() -> loop.Stage:
     model, data, network = tiny()
-    return cd.Stage(RECIPE.cd, model, data, network)
+    return cd.Stage(cd.Config(), model, data, network)
 
 
 def dmd_stage() -> loop.Stage:

@@ -32,8 +32,8 @@ CASES = (
     ("teacher_long", 256, True),
     ("teacher_long", 512, True),
     ("teacher_long", 1024, True),
-    ("cd_long", 256, True),
-    ("cd_long", 512, True),
+    ("cd", 256, True),
+    ("cd", 512, True),
     ("dmd", 512, False),
 )
 """Stage, clips of a step, captured. DMD's rollouts are not one graph: their kernels differ from unit to unit."""
@@ -56,8 +56,9 @@ def stage(name: str, batch: int, clips: data.Clips) -> tuple[loop.Stage, loop.Av
     if name == "teacher_long":
         config = replace(RECIPE.teacher_long, batch=batch, starts=2 * batch)
         return teacher.Stage(config, model, clips, student), loop.Average(student, config.ema)
-    if name == "cd_long":
-        made = cd.Stage(replace(RECIPE.cd_long, batch=batch), model, clips, Network(model), student)
+    if name == "cd":
+        config = cd.Config(batch=batch, guidance_later=1.5, levels=48, resampled=0.6, resampled_jumps=2)
+        made = cd.Stage(config, model, clips, Network(model), student)
         return made, made.average
     rollouts = replace(RECIPE.dmd, batch=batch, critic_warmup=0)
     prompts = partial(data.prompts, config=RECIPE.long)

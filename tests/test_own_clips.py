@@ -47,4 +47,4 @@ def test_a_student_of_them_streams(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "student" / "card.md").exists()  # the exact reader knows another world
     with cfrt.Stream("a red circle", model=tmp_path / "student", fps="max") as stream:
         assert len(list(stream.frames(5))) == 5
-    assert torch.isfinite(torch.cat([value.flatten() for value in chain.weights(tmp_path, "cd").values()])).all()
+    assert torch.isfinite(torch.cat([value.flatten() for value in chain.weights(tmp_path, "phases").values()])).all()

@@ -136,7 +136,7 @@ def test_a_dry_run_prints_a_page_or_json(capsys: pytest.CaptureFixture[str], mon
     __main__.main()
     page = capsys.readouterr().out
     assert "*predicted* at 1.0 GFLOP/s each (stated)" in page
-    for word in ("autoencoder", "bidirectional", "teacher", "cd", "dmd", "moments", "activations, recomputed"):
+    for word in ("autoencoder", "bidirectional", "teacher", "phases", "dmd", "moments", "activations, recomputed"):
         assert word in page
     monkeypatch.setattr("sys.argv", ["training", "tiny", "--dry-run", "--json"])
     __main__.main()

@@ -337,6 +337,19 @@ def test_euler_steps_shrink(steps: int, variance: float) -> None:
     assert (jumped[0] < jumped[1:]).all()  # what the past tells needs no steps
 
 
+def test_the_flow_map_is_its_phases_one_after_another() -> None:
+    """The whole jump is the phases' jumps (B, section 3.2, between any two levels), and one Euler step a phase is not."""
+    teacher, clean, x = Teacher(S, 1), noise(6, 4), noise(6, 4, seed=1)
+    levels = (*flow.sigmas((1.0, 0.75, 0.5, 0.25), MODEL.shift), 0.0)
+    by_phases = by_euler = x
+    for s, e in pairwise(levels):
+        by_phases = teacher.flow_map(by_phases, s, e, clean)
+        by_euler = flow.euler(by_euler, teacher.velocity(by_euler, s, clean), s, e)
+    whole = teacher.flow_map(x, 1.0, 0.0, clean)
+    torch.testing.assert_close(by_phases, whole)
+    assert (by_euler - whole).abs().max() > 0.05
+
+
 def cd_stage(rho: float, count: int, gain: Callable[[float, float], float]) -> cd.Stage:
     """Consistency distillation whose student and target jump by `gain(s, q2)` from the AR teacher's mean."""
     covariance = gaussian.covariance(rho, proof.FRAMES)

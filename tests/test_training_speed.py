@@ -42,7 +42,7 @@ def test_only_the_pairs_seen_are_counted() -> None:
     assert gpu_teacher_forcing.tflops(model, frames, 2.0, backward=True) == pytest.approx(3.5 * work / 2)
 
 
-@pytest.mark.parametrize("name", ["teacher_long", "cd_long", "dmd"])
+@pytest.mark.parametrize("name", ["teacher_long", "cd", "dmd"])
 def test_a_timed_step_is_one_of_the_recipe(name: str, tmp_path: Path) -> None:
     """On a CPU nothing is captured, asked for or not, and the row says so."""
     clips = capture.noise(tmp_path, 8, CPU)

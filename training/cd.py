@@ -4,7 +4,10 @@
 
 xhat_t' is one guided Euler step of the AR teacher on the real past, theta- the moving average; G keeps the boundary
 G(x, 0) = x by itself. Against the published code: dt is exact in fp32, the level is drawn per unit, and the last
-interval, down to s = 0, is trained."""
+interval, down to s = 0, is trained.
+
+A student that follows the flow (`solver="euler"`) is consistent within each step of its own list, down to whose end it
+jumps instead of to 0 (phased consistency, arXiv:2405.18407)."""
 
 from __future__ import annotations
 
@@ -20,7 +23,17 @@ from cfrt.nn.constants import kept
 from training import rollout
 from training.data import Batch, DataSet
 from training.loop import SCHEDULES, Average, Micro, Optimisers, Report, Schedule, Update
-from training.network import Network, broadcast, by_age, clone, frozen, guided, noise_like, resampled, unit_weights
+from training.network import (
+    Network,
+    broadcast,
+    clone,
+    frozen,
+    guidance_of,
+    guided,
+    noise_like,
+    resampled,
+    unit_weights,
+)
 from training.optimisers import adam
 
 
@@ -86,9 +99,11 @@ class Stage:
         shape = (len(x0), frames // unit)
         level = torch.randint(config.levels, shape, generator=generator, device=generator.device).to(x0.device)
         level = level.repeat_interleave(unit, 1)
-        s, s_next = grid[level], grid[level + 1]
+        later = (torch.arange(frames, device=x0.device) >= unit).long()
+        end = _landings(self.model, config.levels, x0.device)[later, level]
+        s, s_next = grid[level], grid[level + 1].maximum(end)
         x = flow.add_noise(x0, noise_like(x0, generator), broadcast(s))
-        scale = by_age(batch, config.guidance, config.guidance_later, unit)
+        scale = guidance_of(batch, config.guidance, config.guidance_later, unit)
         past = resampled(
             self.target,
             batch,
@@ -101,8 +116,9 @@ class Stage:
         with torch.no_grad():
             v = guided(self.teacher.teacher_forced, x, s, past, scale)
             x_next = flow.euler(x, v, broadcast(s), broadcast(s_next))
-            goal = flow.x0_from_v(x_next, self.target.teacher_forced(x_next, s_next, past), broadcast(s_next))
-        jump = flow.x0_from_v(x, self.student.teacher_forced(x, s, past), broadcast(s))
+            v_next = self.target.teacher_forced(x_next, s_next, past)
+            goal = flow.euler(x_next, v_next, broadcast(s_next), broadcast(end))
+        jump = flow.euler(x, self.student.teacher_forced(x, s, past), broadcast(s), broadcast(end))
         error = (jump - goal).square().mean((0, 2, 3, 4))
         weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
         return (error * weights).mean(), {"loss": error.mean(), "first": error[:unit].mean()}
@@ -129,3 +145,14 @@ class Stage:
 @kept(4)
 def _grid(levels: int, shift: float, device: torch.device) -> Tensor:
     return torch.tensor(flow.euler_grid(levels, shift), device=device)
+
+
+@kept(4)
+def _landings(model: ModelConfig, levels: int, device: torch.device) -> Tensor:
+    """[2, levels]: where the student jumps to from each level of the grid, in the first unit and in every other one:
+    to 0, or, where it goes from level to level, to the next one of its own."""
+    rows = []
+    for unit in (0, 1):
+        ladder = (*flow.sigmas(model.unit_steps(unit), model.shift), 0.0) if model.solver == "euler" else (0.0,)
+        rows.append([max(e for e in ladder if e < s - 1e-6) for s in flow.euler_grid(levels, model.shift)[:-1]])
+    return torch.tensor(rows, device=device)

@@ -1,6 +1,7 @@
-"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> score -> consistency distillation ->
-decoder -> AR teacher and distillation again, on longer clips -> DMD -> student -> card. The score is the bidirectional
-network again, trained on from the AR teacher's weights, which know far better where a caption sends the object.
+"""The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> score -> AR teacher again, on longer clips
+-> distillation by phases -> decoder -> DMD -> student -> card. The score is the bidirectional network again, trained on
+from the AR teacher's weights, which know far better where a caption sends the object. What the AR teacher was before
+the longer clips is what it is led away from in distillation.
 
 Every stage is a folder with its config, its checkpoint, its statistics, its previews and, when it is done, its averaged
 weights (`average.safetensors`). Running the chain again goes on where it stopped; a finished stage is not run again."""
@@ -26,24 +27,25 @@ from cfrt.weights import load_model, part, save_model
 from training import (
     autoencoder,
     bidirectional,
-    cd,
     data,
     decoder,
     dmd,
     loop,
+    ode,
     parallel,
+    phases,
     preview,
     rollout,
     teacher,
     worlds,
 )
 from training.loop import Average, Stage, step_generator
-from training.network import Network, load
+from training.network import Network, frozen, load
 from training.recipes import Recipe
 from training.shards import Shards, fingerprint
 
 TEACHERS = ("autoencoder", "bidirectional", "teacher", "score", "teacher_long")
-STAGES = ("autoencoder", "bidirectional", "teacher", "score", "cd", "decoder", "teacher_long", "cd_long", "dmd")
+STAGES = (*TEACHERS, "phases", "decoder", "dmd")
 BEGIN = {"bidirectional": "teacher"}
 """Stages that only begin another: where that one is finished nobody needs their weights."""
 PIXELS = ("decoder",)
@@ -65,9 +67,8 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
             "teacher": _teacher,
             "teacher_long": _teacher_long,
             "score": _score,
-            "cd": _cd,
+            "phases": _phases,
             "decoder": _decoder,
-            "cd_long": _cd_long,
             "dmd": _dmd,
         }[name]
         stage, average = build(recipe, out)
@@ -205,28 +206,25 @@ def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     return _averaged(stage, recipe.score.ema)
 
 
-def _cd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    stage = cd.Stage(recipe.cd, recipe.model, _clips(recipe, out), trained_network(recipe, out, "teacher"))
-    return stage, stage.average
-
-
-def _cd_long(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    """From the first distillation's student, which makes clean jumps already."""
-    teacher, start = (trained_network(recipe, out, name) for name in ("teacher_long", "cd"))
-    stage = cd.Stage(recipe.cd_long, recipe.model, _clips(recipe, out, long=True), teacher, start)
-    return stage, stage.average
+def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    config, model, device = recipe.phases, recipe.model, parallel.device(recipe.run.device)
+    strong, weak = (frozen(trained_network(recipe, out, name).to(device)) for name in ("teacher_long", "teacher"))
+    make, kept = partial(config.pairs_of, strong, weak, model), config.trajectories(model)
+    ode.write(out / "pairs", kept, _clips(recipe, out, long=True), make, recipe.seed)
+    start = trained_network(recipe, out, "teacher_long")
+    return _averaged(phases.Stage(config, model, ode.Stored(out / "pairs", kept), start), config.ema)
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     causal = recipe.dmd.scores == "causal"
     score = trained_network(recipe, out, "teacher_long" if causal else "score")
-    student, prompts = trained_network(recipe, out, "cd_long"), _prompts(recipe, out, long=causal)
+    student, prompts = trained_network(recipe, out, "phases"), _prompts(recipe, out, long=causal)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
 
 
 def _decoder(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    guesser, start = trained_network(recipe, out, "cd"), trained_autoencoder(recipe, out)
+    guesser, start = trained_network(recipe, out, "phases"), trained_autoencoder(recipe, out)
     stage = decoder.Stage(recipe.decoder, recipe.model, recipe.data, start, guesser)
     return _averaged(stage, recipe.decoder.ema)
 

@@ -25,7 +25,7 @@ from cfrt.errors import ConfigError
 from training import rollout
 from training.data import Batch, Prompts
 from training.loop import Micro, Optimisers, Report, Schedule, Update, constant, cosine
-from training.network import Network, Velocity, broadcast, by_age, clone, frozen, guided, noise_like
+from training.network import Network, Velocity, broadcast, clone, frozen, guidance_of, guided, noise_like
 from training.optimisers import adam
 
 
@@ -145,8 +145,7 @@ class Stage:
         generator = micro.generator
         prompts, clip = self._prompts(micro)
         frames = prompts.caption.shape[1]
-        ladders = [len(rollout.levels(self.model, unit)) for unit in (0, 1)]
-        exits = [int(torch.randint(ladder, (), generator=micro.common)) for ladder in ladders]
+        exits = self._exits(micro) if self.model.solver == "renoise" else None
         passes: list[rollout.LastPass] = []
         few_step = rollout.few_step(self.model, generator, exits, passes)
         differentiable = torch.is_grad_enabled() and not self.config.context_gradient
@@ -161,6 +160,10 @@ class Stage:
         if self.config.context_gradient and torch.is_grad_enabled():
             played = self._through_context(played, passes)
         return self._last(played, clip)
+
+    def _exits(self, micro: Micro) -> list[int]:
+        ladders = [len(rollout.levels(self.model, unit)) for unit in (0, 1)]
+        return [int(torch.randint(ladder, (), generator=micro.common)) for ladder in ladders]
 
     def _prompts(self, micro: Micro) -> tuple[Prompts, int]:
         """Prompts for a rollout of a length drawn from the config, and the length of a clip."""
@@ -209,7 +212,7 @@ class Stage:
     def gradient(self, x: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """g [B, n, C, h, w] of the batch's clips x under its prompts."""
         x_tau, tau, _ = self.noised(x, generator)
-        scale = by_age(batch, self.config.guidance, self.config.guidance_later, self.model.unit)
+        scale = guidance_of(batch, self.config.guidance, self.config.guidance_later, self.model.unit)
         v_real = guided(self._v(self.real), x_tau, tau, batch, scale)
         real = flow.x0_from_v(x_tau, v_real, broadcast(tau))
         fake = flow.x0_from_v(x_tau, self._v(self.fake)(x_tau, tau, batch), broadcast(tau))

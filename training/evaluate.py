@@ -246,9 +246,9 @@ class Arguments:
     """Engine of the runtime."""
     run: Path | None = None
     """Folder of a training run, e.g. runs/tiny."""
-    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "cd", "cd_long", "dmd"], ...] = (
+    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "phases", "dmd"], ...] = (
         "teacher_long",
-        "cd_long",
+        "phases",
     )
     """Stages of the run to measure."""
     tasks: tuple[Literal["start", "switch", "futures", "long"], ...] = ("start", "switch", "long")
@@ -283,7 +283,7 @@ def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextCo
             raise ConfigError(
                 f"expected a finished stage in {run / stage}; run python -m training tiny --until {stage}"
             )
-    makers = dict.fromkeys(("cd", "cd_long", "dmd"), sources.student) | {"bidirectional": sources.whole}
+    makers = dict.fromkeys(("phases", "dmd"), sources.student) | {"bidirectional": sources.whole}
     makers |= dict.fromkeys(("teacher", "teacher_long"), sources.teacher)
     autoencoder, model = chain.shown(recipe, run), recipe.model
     rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}

@@ -114,7 +114,7 @@ class Laboratory:
         frames = self.recipe.data.units // unit * unit
         first = STEP_LISTS[4] if steps < 4 else None
         window = -(-self.recipe.model.window // unit) * unit
-        plain = replace(self.recipe.model, first_steps=None, steps=STEP_LISTS[steps])
+        plain = replace(self.recipe.model, solver="renoise", first_steps=None, steps=STEP_LISTS[steps])
         return replace(plain, unit=unit, window=window, trained_frames=frames, first_steps=first)
 
     def script(self, unit: int) -> data.Config:

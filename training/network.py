@@ -85,15 +85,18 @@ def guided(velocity: Velocity, x: Tensor, s: Tensor, batch: Batch, scale: float 
     return flow.guide(v_cond, v_null, scale)
 
 
-def by_age(batch: Prompts, fresh: float, later: float | None, unit: int) -> float | Tensor:
-    """Guidance of each frame, [B, n, 1, 1, 1]: `fresh` in the first units after its caption began, where the caption
-    decides what is to be seen, and `later` in the others; one number where `later` is None."""
-    if later is None:
-        return fresh
+def by_age(batch: Prompts, fresh: float, later: float, unit: int) -> Tensor:
+    """A scale for each frame, [B, n, 1, 1, 1]: `fresh` in the first units after its caption began, where the caption
+    decides what is to be seen, and `later` in the others."""
     frames = batch.caption.shape[1]
     index = torch.arange(frames, device=batch.caption.device)
     began = (frames - batch.caption.sum(1, keepdim=True)) * batch.caption  # a second caption rules to the end
     return broadcast(torch.where(index - began < EARLY * unit, fresh, later))
+
+
+def guidance_of(batch: Prompts, fresh: float, later: float | None, unit: int) -> float | Tensor:
+    """The same where `later` may be None, which is as `fresh`: then one number, and 1 costs nothing (`guided`)."""
+    return fresh if later is None else by_age(batch, fresh, later, unit)
 
 
 @torch.no_grad()

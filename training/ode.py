@@ -119,6 +119,18 @@ def causal_pairs(
     return _pairs(torch.cat(tracks, 2), batch, clean=batch.latents)
 
 
+def led_pairs(teacher: rollout.Led, config: Config, generator: torch.Generator) -> Pairs:
+    """Trajectories of an AR teacher that is led, on the past that it played by itself."""
+    model, tracks = teacher.model, list[Tensor]()
+
+    def denoise(streams: rollout.Streams, noise: Tensor, unit: int) -> Tensor:
+        tracks.append(_trajectory(partial(streams.velocity, unit=unit), noise, model, config))
+        return tracks[-1][:, -1]
+
+    played = rollout.play(teacher, teacher.prompts.caption.shape[1] // model.unit, denoise, generator)
+    return _pairs(torch.cat(tracks, 2), teacher.prompts, clean=played)
+
+
 def forced_pairs(
     teacher: Network, model: ModelConfig, config: Config, batch: Batch, generator: torch.Generator
 ) -> Pairs:

@@ -21,7 +21,7 @@ import torch
 from cfrt.config import AutoencoderConfig, ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
-from training import autoencoder, bidirectional, cd, decoder, dmd, loop, ode, recipes, teacher, worlds
+from training import autoencoder, bidirectional, cd, decoder, dmd, loop, ode, phases, recipes, teacher, worlds
 
 CAPTIONS = 2  # of a clip
 BACKWARD = 2  # forwards that a backward costs
@@ -156,6 +156,20 @@ def of_pairs(config: ode.Config, model: ModelConfig, frames: int) -> float:
 def of_ode(config: ode.Config, model: ModelConfig, frames: int) -> Work:
     graph = Graph(model=model, frames=2 * frames)
     return Work(config=config, trained={"student": model}, learning=teacher_forced(model, frames), graphs=[graph])
+
+
+def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
+    """Each unit of the teacher is asked twice: with its caption, and without it or of the weaker teacher."""
+    pairs = config.pairs * of_pairs(config.trajectories(model), model, frames) / (config.steps * config.batch)
+    graph = Graph(model=model, frames=2 * frames)
+    return Work(
+        config=config,
+        trained={"student": model},
+        constant={"teacher": model, "weak": model},
+        learning=teacher_forced(model, frames),
+        asking=pairs,
+        graphs=[graph],
+    )
 
 
 def of_cd(config: cd.Config, model: ModelConfig, frames: int) -> Work:
@@ -326,10 +340,9 @@ def of_recipe(recipe: recipes.Recipe, speed: Speed) -> list[Stage]:
         "bidirectional": of_bidirectional(recipe.bidirectional, model, frames),
         "teacher": of_teacher(recipe.teacher, model, frames),
         "score": of_bidirectional(recipe.score, model, frames),
-        "cd": of_cd(recipe.cd, model, frames),
-        "decoder": of_decoder(recipe.decoder, model),
         "teacher_long": of_teacher(recipe.teacher_long, model, long),
-        "cd_long": of_cd(recipe.cd_long, model, long),
+        "phases": of_phases(recipe.phases, model, long),
+        "decoder": of_decoder(recipe.decoder, model),
         "dmd": of_dmd(recipe.dmd, model, model, model, frames),
     }
     return [stage(name, work, recipe.run, 1, speed) for name, work in works.items()]

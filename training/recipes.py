@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cfrt.config import PRESETS, ModelConfig, TextConfig
-from training import autoencoder, bidirectional, captions, cd, data, decoder, dmd, evaluate, loop, teacher
+from training import autoencoder, bidirectional, captions, data, decoder, dmd, evaluate, loop, phases, teacher
 
-# In the class, `data`, `teacher` and `cd` are its fields.
+# In the class, `data` and `teacher` are its fields.
 _Clips = data.Config
 _Teacher = teacher.Config
-_Distillation = cd.Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Recipe:
     seed: int = 1
     shards: str | None = None
     """Folder of one's own clips (`python -m training prepare`) instead of the world's."""
-    ships: Literal["cd_long", "dmd"] = "cd_long"
+    ships: Literal["phases", "dmd"] = "phases"
     """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=lambda: data.Config(clips=40_000))
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
@@ -37,18 +36,13 @@ class Recipe:
     )
     bidirectional: bidirectional.Config = field(default_factory=bidirectional.Config)
     teacher: teacher.Config = field(default_factory=lambda: teacher.Config(steps=14_400, ema=0.998))
-    cd: cd.Config = field(default_factory=lambda: cd.Config(steps=2400, guidance=3.5, lr=7e-4))
-    decoder: decoder.Config = field(default_factory=decoder.Config)
     long: _Clips = field(default_factory=lambda: data.Config(clips=15_000, units=16))
-    """Longer clips, for the second part of the AR teacher and of the distillation."""
+    """Longer clips, for the second part of the AR teacher and for distillation."""
     teacher_long: _Teacher = field(
         default_factory=lambda: teacher.Config(steps=2550, batch=10, lr=1.2e-3, ema=0.998, resampled=0.6)
     )
-    cd_long: _Distillation = field(
-        default_factory=lambda: cd.Config(
-            steps=1200, batch=10, guidance=3.5, guidance_later=2.0, lr=4e-4, resampled=0.6
-        )
-    )
+    phases: phases.Config = field(default_factory=phases.Config)
+    decoder: decoder.Config = field(default_factory=decoder.Config)
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=80, tau=(0.02, 0.6)))
     evaluate: evaluate.Config = field(default_factory=lambda: evaluate.Config(prompts=1000, long=32, long_units=121))
     run: loop.Config = field(default_factory=loop.Config)
@@ -77,19 +71,9 @@ def tiny_gpu() -> Recipe:
         bidirectional=bidirectional.Config(steps=2000, batch=512),
         teacher=teacher.Config(steps=4000, batch=512, ema=0.998),
         score=bidirectional.Config(steps=2000, batch=512, shift=5.0, first_weight=2.0, early_weight=2.0),
-        cd=cd.Config(steps=1000, batch=512, guidance=3.5, lr=7e-4),
         long=data.Config(clips=150_000, units=16),
         teacher_long=teacher.Config(steps=7200, batch=256, ema=0.999, resampled=0.6, resampled_jumps=2, starts=512),
-        cd_long=cd.Config(
-            steps=3000,
-            batch=256,
-            guidance=3.5,
-            guidance_later=1.5,
-            lr=7e-4,
-            levels=48,
-            resampled=0.6,
-            resampled_jumps=2,
-        ),
+        phases=phases.Config(pairs=51_200, piece=512, steps=10_000, batch=256, ema=0.998),
         dmd=dmd.Config(
             steps=60,
             batch=512,
@@ -117,11 +101,10 @@ def smoke() -> Recipe:
         bidirectional=bidirectional.Config(steps=10, batch=8),
         teacher=teacher.Config(steps=8, batch=4, starts=8),
         score=bidirectional.Config(steps=4, batch=8),
-        cd=cd.Config(steps=6, batch=4),
         decoder=decoder.Config(steps=2, batch=2, units=4),
         long=data.Config(clips=16, units=12),
         teacher_long=teacher.Config(steps=4, batch=4, starts=8, resampled=0.5),
-        cd_long=cd.Config(steps=4, batch=4, guidance_later=2.0, resampled=0.5),
+        phases=phases.Config(pairs=8, piece=4, euler_steps=8, steps=6, batch=4),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2),
     )

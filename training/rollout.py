@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.nn.ring import RingCache
 from training.data import Prompts
-from training.network import Network, noise_like
+from training.network import Network, by_age, noise_like
 
 TextKV = list[tuple[Tensor, Tensor]]
 
@@ -60,11 +60,62 @@ class Player:
         return [(k[clips, ruling][:, None], v[clips, ruling][:, None]) for k, v in self.text]
 
 
-Denoiser = Callable[[Player, Tensor, int], Tensor]  # (player, noise, unit) -> x0
+class Led:
+    """Streams of a teacher as distillation follows it: guided by the caption in the first units after it began, and
+    led away from a weaker teacher in the others. That is autoguidance (arXiv:2406.02507), v + (a - 1) (v - v_weak): it
+    takes off errors that both make, one more than the other, and costs no variety, as guidance by a caption does.
+
+    What each of the three networks has seen is a ring of its own."""
+
+    def __init__(
+        self,
+        teacher: Network,
+        weak: Network,
+        model: ModelConfig,
+        prompts: Prompts,
+        *,
+        guidance: float,
+        later: float,
+        autoguidance: float,
+    ) -> None:
+        self.model, self.prompts, self.clips = model, prompts, len(prompts)
+        self.asked = Player(teacher, model, prompts)
+        self.device = self.asked.device
+        self.others = (Player(teacher, model, prompts.to_null()), Player(weak, model, prompts))
+        self.scales = by_age(prompts, guidance, later, model.unit), by_age(prompts, 1.0, autoguidance, model.unit)
+
+    def velocity(self, x: Tensor, s: float, unit: int) -> Tensor:
+        """v [B, F, C, h, w] of the unit at noise level s."""
+        own = slice(unit * self.model.unit, (unit + 1) * self.model.unit)
+        v = said = self.asked.velocity(x, s, unit)
+        for other, scales in zip(self.others, self.scales, strict=True):
+            scale = scales[:, own]
+            if (scale != 1).any():
+                v = v + (scale - 1) * (said - other.velocity(x, s, unit))
+        return v
+
+    def commit(self, x0: Tensor, unit: int) -> None:
+        for player in (self.asked, *self.others):
+            player.commit(x0, unit)
+
+
+class Streams(Protocol):
+    """A batch of streams in progress."""
+
+    model: ModelConfig
+    clips: int
+    device: torch.device
+
+    def velocity(self, x: Tensor, s: float, unit: int) -> Tensor: ...
+
+    def commit(self, x0: Tensor, unit: int) -> None: ...
+
+
+Denoiser = Callable[[Streams, Tensor, int], Tensor]  # (streams, noise, unit) -> x0
 
 
 def play(
-    player: Player, units: int, denoise: Denoiser, generator: torch.Generator, prefix: Tensor | None = None
+    player: Streams, units: int, denoise: Denoiser, generator: torch.Generator, prefix: Tensor | None = None
 ) -> Tensor:
     """Latents [B, n, C, h, w] of `units` units; the first ones are `prefix` [B, p, C, h, w] where given."""
     frames, model = player.model.unit, player.model
@@ -100,21 +151,27 @@ def few_step(
     exits: Sequence[int] | None = None,
     passes: list[LastPass] | None = None,
 ) -> Denoiser:
-    """The student's sampler: jump to x0, put new noise on it, go on (consistency sampling).
+    """The student's sampler, by the model's solver: jump to x0, put new noise on it, go on (consistency sampling), or
+    go from level to level (phased consistency).
 
     `exits` = (step at which the first unit stops, step at which every other one does) makes it DMD's random-exit
     rollout: only the last pass of a unit carries a gradient (Self Forcing, arXiv:2506.08009, section 3.3). `passes` is
-    filled with what each unit's last pass was given."""
+    filled with what each unit's last pass was given. A student that goes from level to level has no estimate of x0
+    before its last pass: it takes no exits, and all of its passes carry the gradient."""
+    renoises = model.solver == "renoise"
 
-    def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
+    def denoise(player: Streams, x: Tensor, unit: int) -> Tensor:
         ladder = levels(model, unit)
         last = len(ladder) - 1 if exits is None else exits[0 if unit == 0 else 1]
         differentiable = torch.is_grad_enabled()
         for index in range(last + 1):
-            with torch.set_grad_enabled(differentiable and index == last):
-                x0 = flow.x0_from_v(x, player.velocity(x, ladder[index], unit), ladder[index])
-            if index < last:
+            with torch.set_grad_enabled(differentiable and (index == last or not renoises)):
+                v = player.velocity(x, ladder[index], unit)
+            x0 = flow.x0_from_v(x, v, ladder[index])
+            if index < last and renoises:
                 x = flow.renoise(x0, noise_like(x0, generator), ladder[index + 1])
+            elif index < last:
+                x = flow.euler(x, v, ladder[index], ladder[index + 1])
         if passes is not None:
             passes.append(LastPass(x, ladder[last]))
         return x0
@@ -126,7 +183,7 @@ def euler(model: ModelConfig, steps: int) -> Denoiser:
     """The teacher's sampler: the probability-flow ODE by Euler steps, guided by the player."""
     grid = flow.euler_grid(steps, model.shift)
 
-    def denoise(player: Player, x: Tensor, unit: int) -> Tensor:
+    def denoise(player: Streams, x: Tensor, unit: int) -> Tensor:
         for s, s_next in pairwise(grid):
             x = flow.euler(x, player.velocity(x, s, unit), s, s_next)
         return x

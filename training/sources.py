@@ -21,7 +21,7 @@ from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import EngineError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.text import TableText
-from training import bidirectional, captions, data, rollout, worlds
+from training import bidirectional, captions, data, phases, rollout, worlds
 from training.data import Prompts
 from training.network import Network
 
@@ -219,6 +219,17 @@ def student(network: Network, model: ModelConfig) -> Sampler:
         player = rollout.Player(network, model, prompts)
         units = prompts.caption.shape[1] // model.unit
         return rollout.play(player, units, rollout.few_step(model, generator), generator, prefix)
+
+    return sample
+
+
+def led(strong: Network, weak: Network, model: ModelConfig, config: phases.Config) -> Sampler:
+    """The autoregressive teacher as distillation by phases follows it."""
+
+    def sample(prompts: Prompts, generator: torch.Generator, prefix: Tensor | None = None) -> Tensor:
+        units = prompts.caption.shape[1] // model.unit
+        player = config.led(strong, weak, model, prompts)
+        return rollout.play(player, units, rollout.euler(model, config.euler_steps), generator, prefix)
 
     return sample
 

@@ -1,0 +1,111 @@
+"""Stage 2 for a student that follows the flow: regression of each of its own steps on trajectories of the AR teacher.
+
+    min E |v_theta(x_s^i, x^{<i}, s) - (x_e^i - x_s^i) / (e - s)|^2,    s -> e a step of the student's list
+
+One jump from noise to the end is a hard function of the noise, and what a small network makes of it is too smooth:
+objects slow down. In a few phases (phased consistency, arXiv:2405.18407) each is nearly straight. The pairs are those
+of causal ODE distillation (arXiv:2602.02214, section 3.3), a function of what the student sees; the teacher is
+followed as `rollout.Led` leads it, on a past that it played itself.
+
+Shapes: B clips, S stored states, n latent frames, F frames a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cfrt import flow
+from cfrt.config import ModelConfig
+from training import ode, rollout
+from training.data import Batch, Prompts
+from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
+from training.network import Network, broadcast, unit_weights
+from training.optimisers import adam
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    pairs: int = 6400
+    """Clips that the teacher plays."""
+    euler_steps: int = 16
+    guidance: float = 2.0
+    """By the caption, in the first units after it began."""
+    guidance_later: float = 1.0
+    autoguidance: float = 1.75
+    """Away from the weaker teacher, in the others."""
+    piece: int = 64
+    steps: int = 6000
+    batch: int = 16
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    schedule: Schedule = "cosine"
+    ema: float = 0.99
+    first_weight: float = 3.0
+    early_weight: float = 2.0
+
+    def trajectories(self, model: ModelConfig) -> ode.Config:
+        """How they are stored: the states at which any unit's step begins."""
+        levels = sorted({*model.unit_steps(0), *model.unit_steps(1)}, reverse=True)
+        return ode.Config(
+            pairs=self.pairs, euler_steps=self.euler_steps, levels=tuple(levels), piece=self.piece, half=True
+        )
+
+    def led(self, teacher: Network, weak: Network, model: ModelConfig, prompts: Prompts) -> rollout.Led:
+        """The teacher under these prompts."""
+        scales = {"guidance": self.guidance, "later": self.guidance_later, "autoguidance": self.autoguidance}
+        return rollout.Led(teacher, weak, model, prompts.to(teacher.device), **scales)
+
+    def pairs_of(
+        self, teacher: Network, weak: Network, model: ModelConfig, batch: Batch, generator: torch.Generator
+    ) -> ode.Pairs:
+        """The teacher's clips under the batch's prompts."""
+        return ode.led_pairs(self.led(teacher, weak, model, batch), self.trajectories(model), generator)
+
+
+class Stage:
+    name = "phases"
+
+    def __init__(self, config: Config, model: ModelConfig, pairs: ode.Trajectories, start: Network) -> None:
+        self.config, self.model, self.pairs, self.steps = config, model, pairs, config.steps
+        self.student, self.batch = start, config.batch
+        self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
+        stored = config.trajectories(model).levels
+        self.levels = torch.tensor((*flow.sigmas(stored, model.shift), 0.0))
+        self.ladders = [
+            torch.tensor([*map(stored.index, model.unit_steps(unit)), len(stored)]) for unit in (0, 1)
+        ]  # places among the levels, the end of the trajectory last
+
+    def optimisers(self) -> dict[str, Optimisers]:
+        return {"student": adam(self.student, self.config.lr, self.config.betas)}
+
+    def step(self, index: int) -> Iterator[Update]:
+        yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)
+
+    def loss(self, micro: Micro) -> tuple[Tensor, Report]:
+        config, unit, generator = self.config, self.model.unit, micro.generator
+        device = self.student.device
+        pairs = self.pairs[torch.randint(len(self.pairs), (config.batch,), generator=generator)].to(device)
+        track = torch.cat([pairs.states, pairs.end[:, None]], 1)  # [B, S + 1, n, C, h, w]
+        frames = track.shape[2]
+        start, end = self._steps(frames, generator)
+        clip, frame = torch.arange(config.batch)[:, None], torch.arange(frames)[None]
+        x, goal = track[clip, start, frame], track[clip, end, frame]
+        s, e = self.levels[start].to(device), self.levels[end].to(device)
+        wanted = (goal - x) / broadcast(e - s)
+        said = self.student.teacher_forced(x, s, Batch.of(pairs.clean, pairs))
+        error = (said - wanted).square().mean((0, 2, 3, 4))
+        weights = unit_weights(frames, unit, config.first_weight, config.early_weight, error.device)
+        return (error * weights).mean(), {"loss": error.mean(), "first": error[:unit].mean()}
+
+    def _steps(self, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A step of its list for each unit of each clip: places of the levels from and to which it leads, [B, n]."""
+        columns = []
+        for unit in range(frames // self.model.unit):
+            ladder = self.ladders[min(unit, 1)]
+            rung = torch.randint(len(ladder) - 1, (self.config.batch,), generator=generator)
+            columns.append(torch.stack([ladder[rung], ladder[rung + 1]]))
+        start, end = torch.stack(columns, -1).repeat_interleave(self.model.unit, -1)
+        return start, end

@@ -338,7 +338,7 @@ def test_euler_steps_shrink(steps: int, variance: float) -> None:
 
 
 def test_the_flow_map_is_its_phases_one_after_another() -> None:
-    """The whole jump is the phases' jumps (B, section 3.2, between any two levels), and one Euler step a phase is not."""
+    """The whole jump is the jumps of the phases, and one Euler step in each is not."""
     teacher, clean, x = Teacher(S, 1), noise(6, 4), noise(6, 4, seed=1)
     levels = (*flow.sigmas((1.0, 0.75, 0.5, 0.25), MODEL.shift), 0.0)
     by_phases = by_euler = x

@@ -33,7 +33,6 @@ COLUMNS = {
     "real": "real clips",
     "reconstruction": "through the autoencoder",
     "teacher": "AR teacher, {teacher_steps} guided steps",
-    "led": "AR teacher, {led_steps} steps, led away from a weaker one",
     "phases": "before DMD, {steps} steps",
     "dmd": "after DMD, {steps} steps",
     "student": "**student, {steps} steps**",
@@ -72,8 +71,6 @@ def collect(recipe: Recipe, out: Path) -> Results:
     columns = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
     sampler = sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)
     columns["teacher"] = sources.generated(autoencoder, sampler)
-    weak = chain.trained_network(recipe, out, "teacher").eval().requires_grad_(False)
-    columns["led"] = sources.generated(autoencoder, sources.led(teacher, weak, model, recipe.phases))
     for stage in (name for name in ("phases", "dmd") if chain.finished(out / name)):
         student = chain.trained_network(recipe, out, stage).eval().requires_grad_(False)
         column = sources.generated(autoencoder, sources.student(student, model))
@@ -98,9 +95,8 @@ def collect(recipe: Recipe, out: Path) -> Results:
 
 def _measured(recipe: Recipe, out: Path, name: str, source: sources.Source) -> dict[str, Any]:
     """One column, {of, seconds, numbers}; read from OUT/rows where the same weights were measured the same way."""
-    stages = {"teacher": ("teacher_long",), "led": ("teacher_long", "teacher"), "student": (recipe.ships,)}
-    used = ("autoencoder", "decoder", *stages.get(name, (name,))) if name != "real" else ()
-    files = [out / stage / "average.safetensors" for stage in used]
+    stage = {"teacher": "teacher_long", "student": recipe.ships}.get(name, name)
+    files = [out / used / "average.safetensors" for used in ("autoencoder", "decoder", stage) if name != "real"]
     of = _digest(repr((recipe.model, recipe.evaluate)), [path for path in files if path.exists()])
     path = out / "rows" / f"{name}.json"
     if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["of"] == of:
@@ -153,11 +149,7 @@ def spent(stats: Path) -> dict[str, Any]:
 
 def titles_of(results: Results) -> dict[str, str]:
     model = results["config"]["model"]
-    facts = {
-        "teacher_steps": results["teacher"]["steps"],
-        "led_steps": results["config"]["phases"]["euler_steps"],
-        "steps": len(model["steps"]),
-    }
+    facts = {"teacher_steps": results["teacher"]["steps"], "steps": len(model["steps"])}
     return {name: title.format(**facts) for name, title in COLUMNS.items() if name in results["rows"]}
 
 

@@ -150,7 +150,7 @@ class Stage:
         few_step = rollout.few_step(self.model, generator, exits, passes)
         differentiable = torch.is_grad_enabled() and not self.config.context_gradient
 
-        def denoise(player: rollout.Player, x: Tensor, unit: int) -> Tensor:
+        def denoise(player: rollout.Streams, x: Tensor, unit: int) -> Tensor:
             with torch.set_grad_enabled(differentiable and (unit + 1) * self.model.unit > frames - clip):
                 return few_step(player, x, unit)
 

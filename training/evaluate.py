@@ -22,6 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ from cfrt.config import ModelConfig, TextConfig
 from cfrt.errors import CfrtError, ConfigError
 from training import metrics, preview, sources, table, worlds
 from training.metrics import Estimate
+from training.network import frozen
 from training.reader import Reading, read
 from training.sources import Source, Task, Tokenizer
 
@@ -246,11 +248,11 @@ class Arguments:
     """Engine of the runtime."""
     run: Path | None = None
     """Folder of a training run, e.g. runs/tiny."""
-    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "phases", "dmd"], ...] = (
+    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "led", "phases", "dmd"], ...] = (
         "teacher_long",
         "phases",
     )
-    """Stages of the run to measure."""
+    """Stages of the run to measure; `led`: the teacher as distillation by phases follows it."""
     tasks: tuple[Literal["start", "switch", "futures", "long"], ...] = ("start", "switch", "long")
     """What to measure; `futures` only of a run."""
     prompts: int = 64
@@ -273,23 +275,29 @@ def shipped(folder: Path, engine: str) -> tuple[dict[str, Source], TextConfig]:
     return {"real": sources.real, config.name: sources.streamed(folder, engine)}, config.text
 
 
+LED = {"led": ("teacher_long", "teacher")}
+"""What is measured of a run and is no stage: the stages that it is made of."""
+
+
 def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextConfig]:
     """Rows for stages of a run, real clips and reconstructions first."""
     from training import chain, recipes  # they import this file
 
     recipe = recipes.tiny()
-    for stage in ("autoencoder", *stages):
+    parts = {stage: LED.get(stage, (stage,)) for stage in stages}
+    for stage in ("autoencoder", *(part for of in parts.values() for part in of)):
         if not chain.finished(run / stage):
             raise ConfigError(
                 f"expected a finished stage in {run / stage}; run python -m training tiny --until {stage}"
             )
-    makers = dict.fromkeys(("phases", "dmd"), sources.student) | {"bidirectional": sources.whole}
+    makers: dict[str, Callable[..., sources.Sampler]] = dict.fromkeys(("phases", "dmd"), sources.student)
     makers |= dict.fromkeys(("teacher", "teacher_long"), sources.teacher)
+    makers |= {"bidirectional": sources.whole, "led": partial(sources.led, config=recipe.phases)}
     autoencoder, model = chain.shown(recipe, run), recipe.model
     rows = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
-    for stage in stages:
-        network = chain.trained_network(recipe, run, stage).eval().requires_grad_(False)
-        rows[stage] = sources.generated(autoencoder, makers[stage](network, model))
+    for stage, of in parts.items():
+        networks = [frozen(chain.trained_network(recipe, run, part)) for part in of]
+        rows[stage] = sources.generated(autoencoder, makers[stage](*networks, model))
     return rows, model.text
 
 

@@ -195,6 +195,7 @@ def test_everything_that_an_engine_can_be_instead_is_said(mid: tuple[Segment, on
         ({"stream_capturable": False}, "cannot be captured in a CUDA graph"),
         ({"attentions": 0}, "expected 1 attentions in one kernel each, found 0"),
         ({"fused_gelu": 0}, "expected 1 GELUs in the kernel of their product, found 0"),
+        ({"scaled_gelu": 1}, "expected 0 GELUs in the kernel that scales their product of 8 bits, found 1"),
         ({"device_memory": 1 << 30}, r"scratch memory of at most \d+ MB, found 1074 MB"),
         ({"inputs": {**report.inputs, "x": Port((4, 128), "fp32")}}, r"input x to be .*bf16.*, found .*fp32"),
         ({"inputs": {k: v for k, v in report.inputs.items() if k != "text_k"}}, "input text_k to be .*found None"),

@@ -44,6 +44,8 @@ CARDS = {
 
 FAST_SHARE = {"bf16": 0.85, "fp16": 0.85, "fp8": 0.75, "int8": 0.64}
 """Of the peak, in dense products of this size at the fast end: what good libraries reach. Assumed."""
+WIDE = ("fp8",)
+"""Of 8 bits, the precisions whose exports leave the feed-forward's last product in bf16 (export/quantize.py)."""
 WIDTHS, WIDTHS_FFN = 30, 2
 """Rows of width d, and of the feed-forward's, that a layer writes or reads for each token between its products: norms,
 modulation, residuals, q, k, v, their rotation, both attentions."""
@@ -92,6 +94,10 @@ class Shape:
         c = self.config
         return c.depth * self.tokens * (12.0 * c.width**2 + 4 * c.width * c.ffn)
 
+    def left_wide(self, precision: str) -> float:
+        """Of `products`, the operations that are done in bf16."""
+        return 2.0 * self.tokens * left_wide(self.config, precision)
+
     @property
     def attention(self) -> float:
         return 4.0 * self.config.depth * self.tokens * self.seen * self.config.frame_tokens * self.config.width
@@ -104,7 +110,12 @@ class Shape:
         """Weights once, and what moves between the products, in 16 bits."""
         c = self.config
         moved = c.depth * self.tokens * 2.0 * (WIDTHS * c.width + WIDTHS_FFN * c.ffn)
-        return moved + memory.BYTES[precision] * memory.parameters(c)
+        return moved + memory.BYTES[precision] * memory.parameters(c) + left_wide(c, precision)
+
+
+def left_wide(config: ModelConfig, precision: str) -> int:
+    """Numbers in the weights of products that a precision of 8 bits leaves in 16, and so bytes more: L d f, or none."""
+    return config.depth * config.width * config.ffn if precision in WIDE else 0
 
 
 # ---------------------------------------------------------------------- attention by machine code
@@ -149,16 +160,24 @@ def balance(queries: int, heads: int, frames: int, frame_tokens: int, processors
 
 def pass_terms(shape: Shape, card: Card, precision: str, slow_share: float) -> dict[str, Interval]:
     """Seconds of the parts of one pass. slow_share: of the peak, in the products at the slow end."""
-    peak, wide = card.tensor[precision] * 1e12, card.tensor["bf16"] * 1e12
+    wide = card.tensor["bf16"] * 1e12
     moved = shape.bytes(precision) / (MEMORY_SHARE * card.bandwidth * 1e9)
     launches = KERNELS * shape.config.depth
     return {
-        "dense products": Interval(*(shape.products / (share * peak) for share in (FAST_SHARE[precision], slow_share))),
+        "dense products": _products(shape, card, precision, slow_share),
         "self-attention": _attention(shape, card, precision),
         "attention to the text": Interval(shape.cross_attention / (0.8 * wide), shape.cross_attention / (0.5 * wide)),
         "memory between products": Interval(moved / 2, moved),
         "launches": Interval(launches * LAUNCH[0], launches * LAUNCH[1]),
     }
+
+
+def _products(shape: Shape, card: Card, precision: str, slow_share: float) -> Interval:
+    left = shape.left_wide(precision)
+    return _sum(
+        Interval(*(operations / (share * card.tensor[kind] * 1e12) for share in (FAST_SHARE[kind], slow_share)))
+        for kind, operations in ((precision, shape.products - left), ("bf16", left))
+    )
 
 
 def _attention(shape: Shape, card: Card, precision: str) -> Interval:
@@ -302,10 +321,11 @@ def resized(config: ModelConfig, resolution: str) -> ModelConfig:
 
 
 def memory_of(config: ModelConfig, precision: str, decoder: str) -> int:
-    """Bytes on the card: weights and ring in the precision asked for, everything else in 16 bits."""
+    """Bytes on the card: weights and ring in the precision asked for, but for what it leaves wide; everything else in
+    16 bits."""
     account = lambda kind: memory.stream(memory.Setup(config=config, precision=kind, decoder=decoder)).parts  # noqa: E731
     small = {part.name: part.bytes for part in account(precision)}
-    return sum(
+    return left_wide(config, precision) + sum(
         small[part.name] if part.name.startswith(("transformer", "KV ring")) else part.bytes for part in account("bf16")
     )
 
@@ -332,6 +352,13 @@ def _assumptions(config: ModelConfig, precision: str) -> Iterable[str]:
         f"dense products at {FAST_SHARE[precision]:g} of the {precision} peak (fast, assumed) and {calibrate():.2f} "
         "(slow: the least that a compiled stack leaves in the published measurements below)"
     )
+    one = Shape(config, config.unit)
+    if left := one.left_wide(precision):
+        yield (
+            f"of these, the feed-forward's last product ({100 * left / one.products:.0f} % of the operations) in bf16, "
+            f"as exports in {precision} leave it: at {FAST_SHARE['bf16']:g} (fast) and {calibrate():.2f} (slow) of the "
+            "bf16 peak"
+        )
     yield (
         "self-attention by the machine code of our kernels at 2.52 GHz, times the balance of the grid; not timed on "
         "that card yet"

@@ -73,11 +73,11 @@ def norms(source: Source, precision: str) -> dict[str, np.ndarray]:
     }
 
 
-def eight_bits(segment: Segment, source: Source) -> int:
-    """How many of its numbers are held in 8 bits, in such a precision."""
+def eight_bits(segment: Segment, source: Source, precision: str) -> int:
+    """How many of its numbers are held in 8 bits."""
     names = transformer.reads(segment, source.config) if segment.name not in PIXELS else []
     known = shapes_of(source.dit)
-    return sum(int(np.prod(known[name])) for name in names if is_quantised(name))
+    return sum(int(np.prod(known[name])) for name in names if is_quantised(name, precision))
 
 
 def numbers(segment: Segment, source: Source) -> int:

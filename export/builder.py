@@ -49,9 +49,19 @@ BACKENDS = {
 
 def refusal(backend: str, targets: Sequence[str]) -> str | None:
     """Why engines for these targets cannot be built here, or None."""
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown or not targets:
-        return f"expected targets among {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}"
+    return unknown(targets) or lacking(backend, targets)
+
+
+def unknown(targets: Sequence[str]) -> str | None:
+    """Why engines for these targets can be built nowhere, or None."""
+    others = [target for target in targets if target not in TARGETS]
+    if others or not targets:
+        return f"expected targets among {', '.join(TARGETS)}, got {', '.join(others) or 'none'}"
+    return None
+
+
+def lacking(backend: str, targets: Sequence[str]) -> str | None:
+    """What this machine lacks for them, or None."""
     chosen = BACKENDS[backend]
     if find_spec(chosen.module) is None:
         return f"{chosen.module} is not installed: {chosen.install}"

@@ -29,7 +29,7 @@ from cfrt.text import encoder
 
 from .draft import Draft, key, source_of, write_bytes
 from .options import Checkpoint
-from .quantize import FORMATS, KEPT, MEAN, OUTPUT, TABLE, kept_share, rows, values
+from .quantize import FORMATS, MEAN, OUTPUT, kept, kept_share, rows, table, values
 from .sources import RANDOM, Source
 
 FILE = "calibration.safetensors"
@@ -95,15 +95,15 @@ class Calibration:
     def observe(self, source: Source, precision: str) -> dict[str, np.ndarray]:
         """`quantize.Ranges`, of all products that will be quantised in this precision, and of the ring's values."""
         dit = CausalDiT.from_arrays(self.config, source.dit).eval()
-        products = {layers[0]: Seen() for _, layers in rows(self.config)}
-        for _, layers in rows(self.config):  # the last one: the clean pass of the last block has no q
+        products = {layers[0]: Seen() for _, layers in rows(self.config, precision)}
+        for _, layers in rows(self.config, precision):  # the last one: the clean pass of the last block has no q
             dit.get_submodule(layers[-1]).register_forward_pre_hook(_entering(products[layers[0]]))
         ring_values = {values(block): Seen() for block in range(self.config.depth)}
         for name, seen in ring_values.items():
             dit.get_submodule(name.removesuffix(OUTPUT)).register_forward_hook(_leaving(seen))
         self._play(dit)
         found = {name: seen.largest.numpy() for name, seen in ring_values.items()}
-        for row, layers in rows(self.config):
+        for row, layers in rows(self.config, precision):
             seen = products[layers[0]]
             weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
             largest, samples = seen.largest.numpy(), torch.cat(seen.samples).numpy()
@@ -230,7 +230,7 @@ def described(calibration: Mapping[str, Any], precision: str) -> dict[str, Any]:
         "activations": "a static scale for the tensor, from the share of the largest number seen that costs least",
         "biases": "without what rounded weights add to the mean",
         "ring": "on a GPU: queries and keys in int8, values in fp8 E4M3; not in what was verified here",
-        "products": {"+".join(row.layers): {"inputs balanced in": row.balanced} for row in TABLE},
-        "kept": list(KEPT),
+        "products": {"+".join(row.layers): {"inputs balanced in": row.balanced} for row in table(precision)},
+        "kept": list(kept(precision)),
         "calibration": dict(calibration),
     }

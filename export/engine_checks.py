@@ -6,6 +6,7 @@ whether its scratch memory is that of fused kernels. What cannot be seen here is
 that is for the graph's verification, which comes first, and for a GPU.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import prod
 
@@ -65,19 +66,27 @@ def _fusions(segment: Segment, model: ModelProto, report: Report) -> Iterator[st
     """Of the transformer in half precision: no kernel takes attention in fp32, nor the wide heads of a decoder."""
     if not is_transformer(segment) or all(port.dtype not in HALF for port in (*segment.inputs, *segment.outputs)):
         return
-    rounded = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    gelus = [node.output[0] in rounded for node in model.graph.node if node.op_type == "Gelu"]
+    attentions = sum(node.op_type == "Attention" for node in model.graph.node)
+    gelus = Counter(_gelus(model))
     for what, expected, found in (
-        ("attentions in one kernel each", _count(model, "Attention"), report.attentions),
-        ("GELUs in the kernel of their product", gelus.count(False), report.fused_gelu),
-        ("GELUs in the kernel that rounds them", gelus.count(True), report.rounded_gelu),
+        ("attentions in one kernel each", attentions, report.attentions),
+        ("GELUs in the kernel of their product", gelus["fused"], report.fused_gelu),
+        ("GELUs in the kernel that rounds them", gelus["rounded"], report.rounded_gelu),
+        ("GELUs in the kernel that scales their product of 8 bits", gelus["scaled"], report.scaled_gelu),
     ):
         if found != expected:
             yield f"expected {expected} {what}, found {found}"
 
 
-def _count(model: ModelProto, kind: str) -> int:
-    return sum(node.op_type == kind for node in model.graph.node)
+def _gelus(model: ModelProto) -> Iterator[str]:
+    """Where each belongs. An 8-bit product ends before its scales, so that a GELU is never in its kernel."""
+    nodes = model.graph.node
+    rounded = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    products = {node.output[0] for node in quantised_products(model)}
+    sums = {node.output[0] for node in nodes if node.op_type == "Add" and products.intersection(node.input)}
+    for node in nodes:
+        if node.op_type == "Gelu":
+            yield "rounded" if node.output[0] in rounded else "scaled" if node.input[0] in sums else "fused"
 
 
 def _quantised(model: ModelProto, report: Report) -> Iterator[str]:

@@ -63,6 +63,8 @@ class Report:
     """Products whose GELU is in the same kernel."""
     rounded_gelu: int
     """GELUs in one kernel with the rounding to 8 bits of the product that follows."""
+    scaled_gelu: int
+    """GELUs in one kernel with the scales and the bias of an 8-bit product, which its own kernel does not apply."""
     gemms: dict[str, tuple[str, ...]]
     """Types of the two factors of each matrix product, by the name of its layer."""
 
@@ -80,6 +82,7 @@ class Report:
             "fused_attentions": self.attentions,
             "fused_gelu": self.fused_gelu,
             "rounded_gelu": self.rounded_gelu,
+            "scaled_gelu": self.scaled_gelu,
             "gemms": self.gemm_types(),
         }
 
@@ -104,6 +107,7 @@ def read(path: Path) -> Report | None:
         attentions=len(re.findall(r"function=\{ name=_gemm_mha", main)),
         fused_gelu=len(re.findall(r"runtime_fusion=\{ name=__myl_\w*Fc\w*(?:Tanh|Erf|Gelu)", main)),
         rounded_gelu=len(re.findall(r"\bfunction=\{ name=__myl_\w*(?:Tanh|Erf|Gelu)\w*Cast\b", main)),
+        scaled_gelu=len(re.findall(r"\bfunction=\{ name=__myl_MulAdd\w*(?:Tanh|Erf|Gelu)(?!\w*Cast)", main)),
         gemms=dict(gemm for text in sections for gemm in _gemms(text)),
     )
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cfrt.bundle import Plan, Segment, sha256
 from cfrt.errors import ExportError
 
-from .builder import Builder, refusal
+from .builder import Builder, lacking, unknown
 from .draft import Draft
 from .engine_checks import EIGHT_BITS, check, is_transformer, quantised_products
 from .engine_report import Report, read
@@ -35,15 +35,19 @@ class Engines:
     precision: str
 
     def check(self) -> None:
-        """ExportError when these engines cannot be built on this machine, before anything is."""
+        """ExportError when no machine can build these engines."""
         without = [target for target in self.targets if target in NO_FP8]
         if self.precision == "fp8" and without:
             raise ExportError(
                 f"expected targets with fp8 (sm89, sm120), got {', '.join(without)}; take --precision int8 or bf16"
             )
-        reason = refusal(self.backend, self.targets)
+        reason = unknown(self.targets)
         if reason is not None:
             raise ExportError(f"no engine can be built: {reason}")
+
+    def lacking(self) -> str | None:
+        """What this machine lacks to build them, or None."""
+        return lacking(self.backend, self.targets)
 
     def run(self, made: Draft, segments: Sequence[Segment]) -> Mapping[str, Any]:
         """Fields of the manifest. ExportError when an engine cannot be built, or is not what its graph asked for."""

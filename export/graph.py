@@ -17,7 +17,7 @@ from cfrt.bundle import OUT, Segment
 from cfrt.errors import ExportError
 
 from . import graph_rules
-from .quantize import FORMATS, Product, Ranges, product_of, row_of
+from .quantize import Product, Ranges, product_of, row_of
 
 OPSET = 23
 """The first with Attention and RMSNormalization, each one node that engine builders fuse."""
@@ -44,8 +44,8 @@ Value = str
 
 class Graph:
     """The graph of one segment while it is built. `weights` gives the model's tensors by name, fp32; eps is that of all
-    norms, which are over the last axis. precision: of the products that the table of `quantize` names, where it is one
-    of 8 bits; `ranges` are then those of their inputs."""
+    norms, which are over the last axis. precision: of the products that the table of `quantize` names for it, if any;
+    `ranges` are those of their inputs."""
 
     def __init__(
         self,
@@ -53,12 +53,12 @@ class Graph:
         weights: Mapping[str, np.ndarray],
         dtype: str,
         eps: float,
-        precision: str | None = None,
+        precision: str,
         ranges: Ranges | None = None,
     ) -> None:
         self.segment, self.dtype, self.eps = segment, dtype, eps
         self._weights = weights
-        self._format, self._ranges = precision if precision in FORMATS else None, ranges or {}
+        self._precision, self._ranges = precision, ranges or {}
         self._products: dict[tuple[str, ...], Product] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
@@ -113,14 +113,14 @@ class Graph:
         return None if product is None else product.inverse_factors
 
     def _product(self, layers: tuple[str, ...]) -> Product | None:
-        row = row_of(*layers)
-        if self._format is None or row is None:
+        row = row_of(self._precision, *layers)
+        if row is None:
             return None
         if layers not in self._products:
             weight = np.concatenate([self._weights[f"{layer}.weight"] for layer in layers]).T
             if not np.isfinite(weight).all():
                 raise ExportError(f"{layers[0]}.weight holds values that are not finite; mend the file")
-            self._products[layers] = product_of(row, layers, weight, self._ranges, self._format)
+            self._products[layers] = product_of(row, layers, weight, self._ranges, self._precision)
         return self._products[layers]
 
     def _narrowed(self, name: str, x: Value, product: Product) -> Value:

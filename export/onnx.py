@@ -185,7 +185,7 @@ def plan(options: Checkpoint, precision: str) -> Export:
 
 def _size(segment: Segment, source: Source, precision: str) -> int:
     dtype = "fp32" if segment.name == "encoder" else activations(precision)
-    narrow = eight_bits(segment, source) if precision in FORMATS else 0
+    narrow = eight_bits(segment, source, precision)
     return BYTES[dtype] * (numbers(segment, source) - narrow) + narrow
 
 

@@ -46,6 +46,8 @@ class Row:
     """Side by side in one product."""
     balanced: str | None
     """Where the factors of its inputs are folded in."""
+    precisions: tuple[str, ...] = ("int8", "fp8")
+    """In which it is quantised; in all others it stays as it is."""
 
 
 TABLE = (
@@ -54,10 +56,11 @@ TABLE = (
     Row(layers=("cross_attn.q",), balanced="norm3"),
     Row(layers=("cross_attn.o",), balanced=None),
     Row(layers=("ffn.0",), balanced="modulation"),
-    Row(layers=("ffn.2",), balanced=None),
+    Row(layers=("ffn.2",), balanced=None, precisions=("int8",)),
 )
-"""Before `self_attn.o` lie the ring and before `cross_attn.o` the text's values: both are seen by others, and a factor
-in them would be another format of the same bundle. A GELU lets no factor through to `ffn.2`."""
+"""Of all precisions; `table` has the rows of one. Before `self_attn.o` lie the ring and before `cross_attn.o` the
+text's values: both are seen by others, and a factor in them would be another format of the same bundle. A GELU lets no
+factor through to `ffn.2`; rounding that to fp8 cost the embedded student motion (docs/export.md)."""
 KEPT = (
     "patch_embedding",
     "text_embedding",
@@ -69,8 +72,8 @@ KEPT = (
     "decoder",
     "encoder",
 )
-"""What stays as it is: a thousandth of the work of a pass, or once a prompt, and the first and the last layers, which
-are the sensitive ones."""
+"""What stays as it is in every precision: a thousandth of the work of a pass, or once a prompt, and the first and the
+last layers, which are the sensitive ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +110,33 @@ class Product:
         return weight
 
 
-def row_of(*layers: str) -> Row | None:
+def table(precision: str) -> tuple[Row, ...]:
+    """The rows that are quantised in a precision: none where it is not of 8 bits."""
+    return tuple(row for row in TABLE if precision in row.precisions)
+
+
+def kept(precision: str) -> tuple[str, ...]:
+    """The layers that are not quantised in a precision."""
+    return *KEPT, *(layer for row in TABLE if precision not in row.precisions for layer in row.layers)
+
+
+def row_of(precision: str, *layers: str) -> Row | None:
     """The row of the table for layers by their full names, in one product; None for what is not quantised."""
     parts = tuple(re.sub(r"^blocks\.\d+\.", "", layer) for layer in layers)
-    return next((row for row in TABLE if row.layers == parts), None)
+    return next((row for row in table(precision) if row.layers == parts), None)
 
 
-def rows(config: ModelConfig) -> Iterator[tuple[Row, tuple[str, ...]]]:
+def rows(config: ModelConfig, precision: str) -> Iterator[tuple[Row, tuple[str, ...]]]:
     """Every quantised product of a model: its row, and its layers by their full names."""
     for block in range(config.depth):
-        for row in TABLE:
+        for row in table(precision):
             yield row, tuple(f"blocks.{block}.{layer}" for layer in row.layers)
 
 
-def is_quantised(name: str) -> bool:
+def is_quantised(name: str, precision: str) -> bool:
     """Is this tensor of the model held in 8 bits?"""
     layer, _, kind = re.sub(r"^blocks\.\d+\.", "", name).rpartition(".")
-    return kind == "weight" and any(layer in row.layers for row in TABLE)
+    return kind == "weight" and any(layer in row.layers for row in table(precision))
 
 
 def quantise(

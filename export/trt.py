@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from cfrt.errors import CfrtError
+from cfrt.errors import CfrtError, ExportError
 
 from .draft import check_space
 from .engines import Engines, expected_bytes, expected_seconds
@@ -57,9 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     engines = engines_of(options)
     try:
         engines.check()
+        lacking = engines.lacking()
+        if lacking is not None and not options.dry_run:
+            raise ExportError(f"no engine can be built: {lacking}")
         export = plan(options, options.precision)
         print(described(export, engines))
         if options.dry_run:
+            if lacking is not None:
+                print(f"building them needs more than this machine has: {lacking}")
             return 0
         check_space(export.out, sum(export.sizes.values()) + expected_bytes(export.sizes) + FREE)
         manifest = export.run(engines.run)

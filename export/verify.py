@@ -90,7 +90,7 @@ def full(source: Source, segments: Sequence[Segment], folder: Path, precision: s
 def by_segments(source: Source, segments: Sequence[Segment], folder: Path, precision: str) -> Verification:
     """One segment of each kind at full width, and the files in `folder` against them. ExportError as above."""
     begin = perf_counter()
-    small = few_tokens(source)
+    small = few_tokens(source, precision)
     own = layout(small.config, precision, small.decoder, pictures=small.encodes is not None)
     graphs = {segment.name: build(segment, small, precision) for segment in own}
     kinds = {segment.kind: graphs[segment.name] for segment in own}
@@ -102,7 +102,7 @@ def by_segments(source: Source, segments: Sequence[Segment], folder: Path, preci
     return _verified("segments", source, precision, units, errors, perf_counter() - begin)
 
 
-def few_tokens(source: Source) -> Source:
+def few_tokens(source: Source, precision: str) -> Source:
     """The same model with two layers, its first and its last, four tokens a frame, and a short ring."""
     config = source.config
     _, ph, pw = config.patch
@@ -118,7 +118,7 @@ def few_tokens(source: Source) -> Source:
     last = f"blocks.{config.depth - 1}."
     names = {name: name.replace("blocks.1.", last) if small.depth == 2 else name for name in shapes.dit(small)}
     dit = Lazy(shapes.dit(small), lambda name: source.dit[names[name]])
-    products = [layers[0] for _, layers in rows(small)] if source.ranges else []
+    products = [layers[0] for _, layers in rows(small, precision)]
     theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in products}
     ranges = {name + kind: source.ranges[theirs[name] + kind] for name in products for kind in ("", MEAN)}
     return replace(source, config=small, dit=dit, ranges=ranges)
@@ -292,7 +292,7 @@ def _alike(source: Source, precision: str) -> _Network:
     act = activations(precision)
     dit = Lazy(shapes.dit(source.config), lambda name: rounded(source.dit[name], act))
     network = _Network(source.config, dit)
-    for row, layers in rows(source.config) if precision in FORMATS else ():
+    for row, layers in rows(source.config, precision):
         weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
         product = product_of(row, layers, weight, source.ranges, precision)
         factors = 1 if product.inverse_factors is None else product.inverse_factors[:, None]

@@ -52,6 +52,7 @@ def test_an_attention(engines: dict[str, Path]) -> None:
         "fused_attentions": 1,
         "fused_gelu": 0,
         "rounded_gelu": 0,
+        "scaled_gelu": 0,
         "gemms": {},
     }
 

@@ -140,7 +140,7 @@ def test_the_largest_models_by_segments(tmp_path: Path) -> None:
     """Full width, few tokens: what is verified of a model too large to run is two layers of it, first and last."""
     config = replace(sinking(depth=4), latent_grid=(4, 8))
     source = source_of(config)
-    small = verify.few_tokens(source)
+    small = verify.few_tokens(source, "bf16")
     assert (small.config.depth, small.config.latent_grid, small.config.width) == (2, (4, 4), config.width)
     np.testing.assert_array_equal(small.dit["blocks.1.ffn.0.weight"], source.dit["blocks.3.ffn.0.weight"])
     save_student(tmp_path / "model", config)

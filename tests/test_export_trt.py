@@ -16,6 +16,7 @@ from trt_fixture import gpu_config
 
 from cfrt.bundle import Bundle, Segment
 from cfrt.errors import ExportError
+from export import builder
 from export import engines as module
 from export.builder import Builder
 from export.draft import Draft, draft
@@ -86,6 +87,25 @@ def test_a_wish_that_cannot_be_met_is_refused_first(
     assert main(["--model", "tiny", "--out", str(tmp_path / "bundle"), *arguments]) == 1
     assert re.search(words, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_needs_nothing_that_building_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what is missing, behind the plan; without --dry-run that is the first thing that is said."""
+    monkeypatch.setattr(builder, "find_spec", lambda name: None)
+    student = save_student(tmp_path / "student", gpu_config(depth=1))
+    arguments = ["--model", str(student), "--out", str(tmp_path / "bundle")]
+    missing = "tensorrt_rtx is not installed: pip install 'cfrt[trt]'"
+    assert main([*arguments, "--dry-run"]) == 0
+    *_, engines, last = capsys.readouterr().out.splitlines()
+    assert engines.startswith("5 engines for sm89, about")
+    assert last == f"building them needs more than this machine has: {missing}"
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"cfrt-export: error: no engine can be built: {missing}\n")
+    assert not (tmp_path / "bundle").exists()
+    assert main([*arguments, "--dry-run", "--target", "sm90"]) == 1
 
 
 def test_an_interrupted_export_says_how_to_go_on(
@@ -195,6 +215,7 @@ def test_everything_that_an_engine_can_be_instead_is_said(mid: tuple[Segment, on
         ({"stream_capturable": False}, "cannot be captured in a CUDA graph"),
         ({"attentions": 0}, "expected 1 attentions in one kernel each, found 0"),
         ({"fused_gelu": 0}, "expected 1 GELUs in the kernel of their product, found 0"),
+        ({"scaled_gelu": 1}, "expected 0 GELUs in the kernel that scales their product of 8 bits, found 1"),
         ({"device_memory": 1 << 30}, r"scratch memory of at most \d+ MB, found 1074 MB"),
         ({"inputs": {**report.inputs, "x": Port((4, 128), "fp32")}}, r"input x to be .*bf16.*, found .*fp32"),
         ({"inputs": {k: v for k, v in report.inputs.items() if k != "text_k"}}, "input text_k to be .*found None"),

@@ -3,16 +3,18 @@
 import json
 from dataclasses import replace
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 
 import pytest
 
 import _cfrt
 from benchmarks import sass_gate
-from cfrt import predict
+from cfrt import memory, predict, shapes
 from cfrt.cli import main
 from cfrt.config import PRESETS
 from cfrt.errors import ConfigError
+from export import quantize
 
 pytestmark = pytest.mark.cpu
 
@@ -88,6 +90,30 @@ def test_less_work_is_faster(config) -> None:
     assert predict.predict(config, decoder="wan").fps.slow < full.fps.slow
     assert predict.predict(predict.resized(config, "240x416")).memory < full.memory
     assert any("is not known" in line for line in full.assumptions)
+
+
+@pytest.mark.parametrize(("precision", "layers"), [("int8", []), ("fp8", ["ffn.2"])])
+def test_what_exports_leave_in_bf16_is_priced_as_bf16(precision: str, layers: list[str]) -> None:
+    """In its bytes, in its time and among the assumptions; by the exports' own table."""
+    left = [layer for row in quantize.TABLE if row not in quantize.table(precision) for layer in row.layers]
+    assert left == layers
+    tensors = shapes.dit(FRAMEWISE)
+    numbers = sum(prod(tensors[f"blocks.{i}.{layer}.weight"]) for i in range(FRAMEWISE.depth) for layer in left)
+    assert predict.left_wide(FRAMEWISE, precision) == numbers
+    shape, card = predict.Shape(FRAMEWISE, 9), predict.CARDS["rtx4090"]
+    terms, wide = (predict.pass_terms(shape, card, kind, 0.3)["dense products"] for kind in (precision, "bf16"))
+    done = 2 * numbers * shape.tokens / shape.products
+    narrow = shape.products / (0.3 * card.tensor[precision] * 1e12)
+    assert terms.slow == pytest.approx(done * wide.slow + (1 - done) * narrow)
+    narrow_bytes = memory.BYTES[precision] * memory.parameters(FRAMEWISE)
+    assert shape.bytes(precision) - shape.bytes("bf16") == narrow_bytes + numbers - 2 * memory.parameters(FRAMEWISE)
+    found = predict.predict(FRAMEWISE, precision=precision)
+    assert any("last product (33 % of the operations) in bf16" in line for line in found.assumptions) == bool(left)
+
+
+def test_fp8_takes_the_bytes_that_it_leaves_wide() -> None:
+    kept = [predict.predict(FRAMEWISE, precision=precision).memory for precision in ("int8", "fp8")]
+    assert kept[1] - kept[0] == FRAMEWISE.depth * FRAMEWISE.width * FRAMEWISE.ffn
 
 
 def test_the_command_says_predicted_first(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import ml_dtypes
@@ -20,13 +21,13 @@ from cfrt.errors import ExportError
 from cfrt.text import TableText
 from cfrt.weights import save_model
 from export import transformer, verify
-from export.build import PIXELS, build, outside
+from export.build import PIXELS, build, eight_bits, outside
 from export.builder import Builder
 from export.calibrate import Calibration, find
 from export.engine_checks import check, quantised_products
 from export.engine_report import read
 from export.onnx import Options, main
-from export.quantize import FORMATS, MEAN, inverse_factors, kept_share, quantise, rows, value_scales, values
+from export.quantize import FORMATS, MEAN, inverse_factors, kept, kept_share, quantise, rows, value_scales, values
 from export.segments import layout
 from export.sources import Source
 
@@ -37,7 +38,7 @@ Chain = tuple[tuple[Segment, ...], Mapping[str, ModelProto]]
 CONFIG = small_config(window=2, sinks=1, trained_frames=3)
 
 
-def calibrated(source: Source, precision: str = "fp8") -> Source:
+def calibrated(source: Source, precision: str) -> Source:
     text = TableText(source.config.text, np.asarray(source.table))
     texts = tuple(text.encode(prompt).rows for prompt in (RED, BLUE))
     return replace(
@@ -46,8 +47,13 @@ def calibrated(source: Source, precision: str = "fp8") -> Source:
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
-    return calibrated(source_of(CONFIG))
+def sources() -> dict[str, Source]:
+    return {precision: calibrated(source_of(CONFIG), precision) for precision in PRECISIONS}
+
+
+@pytest.fixture(scope="module")
+def source(sources: dict[str, Source]) -> Source:
+    return sources["fp8"]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +156,9 @@ def test_a_thin_tail_is_cut_off_and_what_all_reach_is_not() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_graph_of_8_bits_says_what_pytorch_says(source: Source, chain: Chain, precision: str) -> None:
+def test_a_graph_of_8_bits_says_what_pytorch_says(sources: dict[str, Source], chain: Chain, precision: str) -> None:
     """The whole chain through the ring's wrap, against `cfrt.nn` on the same 8-bit weights; and what rounding costs."""
-    segments, graphs = chain
+    source, (segments, graphs) = sources[precision], chain
     if precision != "fp8":
         own = {s.name: build(s, source, precision) for s in segments if s.name not in PIXELS}
         graphs = {**graphs, **own}
@@ -164,18 +170,34 @@ def test_a_graph_of_8_bits_says_what_pytorch_says(source: Source, chain: Chain, 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_products_of_the_table_and_no_others(source: Source, precision: str) -> None:
-    """By their names, in 8 bits both, the weights held in 8 bits."""
+def test_the_products_of_the_table_and_no_others(sources: dict[str, Source], precision: str) -> None:
+    """By their names, in 8 bits both, the weights held in 8 bits; what an export says of its size counts the same."""
+    source = sources[precision]
     model = mid(source, precision)
     names = {node.name for node in quantised_products(model)}
-    first, second = ({"+".join(layers) for _, layers in rows(CONFIG) if f"blocks.{i}." in layers[0]} for i in (0, 1))
-    own = {name for name in first if "self_attn.q" not in name} | {name for name in second if "self_attn.q" in name}
-    assert names == own
+    named = {"+".join(layers) for _, layers in rows(CONFIG, precision)}
+    assert names == {name for name in named if name.startswith(f"blocks.{int('self_attn.q' in name)}.")}
     held = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in model.graph.initializer}
-    assert {held[f"{name}.weight"] for name in names} == {FORMATS[precision].dtype}
+    weights = {f"{name}.weight" for name in names}
+    assert {held[name] for name in weights} == {FORMATS[precision].dtype}
+    segment = next(segment for segment in layout(CONFIG, precision, "tiny") if segment.name == "mid_0")
+    counted = eight_bits(segment, source, precision)
+    assert counted == sum(prod(tensor.dims) for tensor in model.graph.initializer if tensor.name in weights)
 
 
-@pytest.mark.parametrize("harm", ["ffn.2.weight_scale", "ffn.0.inverse_factors", "self_attn.o.weight"])
+def test_fp8_leaves_the_last_product_alone(sources: dict[str, Source]) -> None:
+    """Its weight is the model's own in bf16, and nothing is said of it in the ranges that come along."""
+    model, name = mid(sources["fp8"], "fp8"), "blocks.0.ffn.2"
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    own = sources["fp8"].dit[f"{name}.weight"].T.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(held[f"{name}.weight"], own)
+    assert name not in sources["fp8"].ranges
+    assert name in sources["int8"].ranges
+    assert "ffn.2" in kept("fp8")
+    assert "ffn.2" not in kept("int8")
+
+
+@pytest.mark.parametrize("harm", ["ffn.0.weight_scale", "ffn.0.inverse_factors", "self_attn.o.weight"])
 def test_verification_sees_a_wrong_number(source: Source, chain: Chain, harm: str) -> None:
     """One scale, one factor, or the weights of one input, in a graph that is otherwise right."""
     segments, graphs = chain
@@ -202,7 +224,7 @@ def test_a_weight_that_is_no_number_is_refused(source: Source) -> None:
 def test_an_engine_multiplies_8_bits(precision: str, tmp_path: Path) -> None:
     """A real build: every product of the table multiplies 8-bit numbers, GELU and attention stay in fused kernels."""
     config = small_config(width=128, heads=2, ffn=256, latent_grid=(4, 4))
-    model = mid(calibrated(source_of(config)), precision)
+    model = mid(calibrated(source_of(config), precision), precision)
     onnx.save(model, tmp_path / "mid_0.onnx")
     with Builder() as builder:
         builder.build(tmp_path / "mid_0.onnx", tmp_path / "mid_0.engine")
@@ -211,7 +233,11 @@ def test_an_engine_multiplies_8_bits(precision: str, tmp_path: Path) -> None:
     assert report is not None
     segment = next(segment for segment in layout(config, precision, "tiny") if segment.name == "mid_0")
     check(segment, model, report, ("sm89",), version)
-    assert report.gemm_types() == {precision: 6}
+    assert report.gemm_types() == {"int8": {"int8": 6}, "fp8": {"fp8": 5, "bf16": 1}}[precision]
+    assert (report.rounded_gelu, report.scaled_gelu) == {"int8": (1, 0), "fp8": (0, 1)}[precision]
+    wrong = replace(report, rounded_gelu=0, scaled_gelu=0)
+    with pytest.raises(ExportError, match=r"expected 1 GELUs in the kernel that (scales|rounds) the.*, found 0"):
+        check(segment, model, wrong, ("sm89",), version)
 
 
 # ---------------------------------------------------------------------- the command
@@ -243,11 +269,11 @@ def test_random_weights_are_shown_random_text() -> None:
     assert shown.origin.startswith("none: random text and noise")
     assert (len(shown.texts), shown.config.frame_tokens) == (1, 4)
     source = replace(source, ranges=shown.observe(source, "fp8"))
-    products = {layers[0] for _, layers in rows(source.config)}
+    products = {layers[0] for _, layers in rows(source.config, "fp8")}
     assert source.ranges.keys() == products | {name + MEAN for name in products} | {values(i) for i in range(3)}
-    small = verify.few_tokens(source)
+    small = verify.few_tokens(source, "fp8")
     np.testing.assert_array_equal(small.ranges["blocks.1.ffn.0"], source.ranges["blocks.2.ffn.0"])
-    assert len(quantised_products(mid(small, "fp8"))) == 6
+    assert len(quantised_products(mid(small, "fp8"))) == 5
 
 
 REFUSED = {

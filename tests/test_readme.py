@@ -74,6 +74,20 @@ def test_the_roofline_is_that_of_the_committed_run(roofline: ModuleType) -> None
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
+def test_the_page_on_exports_says_what_8_bits_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python tools/exported.py` would change nothing; a loss is one for certain by its whole interval."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    exported = importlib.import_module("exported")
+    text = exported.PAGE.read_text(encoding="utf-8")
+    assert exported.page(text) == text
+    measures = {name: {"difference": {"mean": 0.04, "margin": 1.55}} for name in exported.MEASURES}
+    kept = {"fp8": {"measured_on": "2026-11-26", "prompts": 2048, "measures": measures}}
+    assert "| fp8 | 2,048 | +0.0 ± 1.6 | +0.0 ± 1.6 | +0.0 ± 1.6 | 2026-11-26 |" in exported.section(kept)
+    for loss, worse in ((2.5, "none"), (2.6, "fp8")):
+        measures["dynamic"]["difference"]["mean"] = -loss
+        assert exported.section(kept).endswith(f"lost for certain by {worse}.")
+
+
 @pytest.mark.parametrize(
     ("peer", "ours", "verdict"),
     [(40.0, 80.0, "met"), (40.0, 79.0, "missed"), (49.0, 90.0, "missed"), (50.0, 99.0, "beyond the ceiling")],

@@ -8,7 +8,7 @@ others' (`rounds.py`); billions of operations a second, 2 a multiply-add, useful
 forward in PyTorch. A row whose output is wrong for its precision is no number: it says `failed`, and so does the run.
 
 What is timed (`workload.py`): one denoising pass of one latent frame against a window of 12, at sizes S, M and L with
-64 and 256 tokens a frame, 16 text tokens; the embedded student's whole unit (two passes, decoding, commit); and one
+64 and 256 tokens a frame, 16 text tokens; the embedded student's whole unit (its passes, decoding, commit); and one
 layer's attention alone, a frame against 12. `native` and `torch` read their ring in place; ONNX Runtime and OpenVINO
 have no state, so keys and values are inputs and outputs (`contenders.py`): that difference is part of what is compared.
 """
@@ -27,6 +27,8 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from cfrt.config import PRESETS
 
 from . import attention, machine
 from .contenders import COMPILED, CONTENDERS, build, prepare
@@ -183,9 +185,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _kept(path: Path | None, clock: str = "wall") -> dict[str, Any]:
-    """This machine's header, with the rows of the file where they are of the same day, machine and versions. Beside
-    them goes the ceiling."""
-    head = machine.header() | {"clock": clock}
+    """This machine's header and the student's steps, with the rows of the file where they are of the same day, machine
+    and versions. Beside them goes the ceiling."""
+    head = machine.header() | {"clock": clock, "steps": len(PRESETS["tiny"].unit_steps(1))}
     if path is None or not path.exists():
         return head | {"rows": []}
     old = json.loads(path.read_text(encoding="utf-8"))

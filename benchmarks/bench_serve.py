@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cfrt.config import PRESETS
 from cfrt.serve.client import Client
 
 from .machine import header
@@ -233,7 +234,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def measure(only: str | None) -> dict[str, Any]:
-    sheet: dict[str, Any] = {**header(), "model": "tiny", "engine": "native", "precision": "auto", "fps": 16}
+    what = {"model": "tiny", "steps": len(PRESETS["tiny"].unit_steps(1)), "engine": "native", "precision": "auto"}
+    sheet: dict[str, Any] = {**header(), **what, "fps": 16}
     if only != "browser":
         sheet["load before viewers"], sheet["niceness"] = os.getloadavg()[0], os.nice(0)
         sheet["viewers"] = {kind: [load(kind, count, 1) for count in counts] for kind, counts in VIEWERS.items()}

@@ -48,8 +48,8 @@ print(stream.stats.time_to_first_frame, resource.getrusage(resource.RUSAGE_SELF)
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_first_frame_from_process_start(engine: str, benchmark: BenchmarkFixture) -> None:
-    """A new interpreter, `import cfrt`, the engine, weights, four denoising passes, decoding. The fastest round counts:
-    what else the machine does can only add."""
+    """A new interpreter, `import cfrt`, the engine, weights, the first unit's passes, decoding. The fastest round
+    counts: what else the machine does can only add."""
     inside: list[tuple[float, float]] = []
 
     def start() -> None:
@@ -67,7 +67,7 @@ def test_first_frame_from_process_start(engine: str, benchmark: BenchmarkFixture
 
 
 def test_first_frame_from_construction(benchmark: BenchmarkFixture) -> None:
-    """In a process that has streamed before: weights, four denoising passes, decoding."""
+    """In a process that has streamed before: weights, the first unit's passes, decoding."""
 
     def start() -> None:
         with cfrt.Stream(PROMPT, model=MODEL, threads=1) as stream:

@@ -10,6 +10,7 @@ that the host overwrites in place, one unit at a time, since attention does not 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,12 @@ class Ringed:
             engine.decode(engine.noise(work.unit - 1, PAST))
 
     def __call__(self) -> np.ndarray:
-        engine, unit = self._engine, self._unit
+        engine, unit, solver = self._engine, self._unit, self._work.config.solver
         x = engine.noise(unit, 0)
-        for step, s in enumerate(self._work.sigmas):
-            x = flow.renoise(x, engine.noise(unit, step), s) if step else x
+        for step, (s, s_next) in enumerate(self._work.levels, 1):
             owed, self._owed = self._owed, None
-            x = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=owed)
+            x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=owed)
+            x = flow.onward(solver, x, x0, s, s_next, partial(engine.noise, unit, step))
         if self._work.size == STUDENT:
             engine.decode(x)
             self._unit += 1
@@ -130,9 +131,9 @@ class Explicit:
     def __call__(self) -> np.ndarray:
         config, unit = self._work.config, self._unit
         x = noise(config, unit, 0)
-        for step, s in enumerate(self._work.sigmas):
-            x = flow.renoise(x, noise(config, unit, step), np.float32(s)) if step else x
-            x = flow.x0_from_v(x, self._pass(x, s)[0], np.float32(s))
+        for step, (s, s_next) in enumerate(self._work.levels, 1):
+            x0 = flow.x0_from_v(x, self._pass(x, s)[0], np.float32(s))
+            x = flow.onward(config.solver, x, x0, s, s_next, partial(noise, config, unit, step))
         if self._decode is not None:
             self._decode([x, self._before[:, -1]])[0].astype(np.uint8)
             self._remember(self._pass(x, 0.0)[1:])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cfrt.config import PRESETS, ModelConfig
-from cfrt.flow import TIME_SCALE, add_noise, sigmas, x0_from_v
+from cfrt.flow import TIME_SCALE, descent, onward, x0_from_v
 from cfrt.nn.dit import CausalDiT
 from cfrt.nn.ring import RingCache
 from cfrt.weights import to_diffusers
@@ -63,18 +63,15 @@ def one_unit(config: ModelConfig, precision: str) -> dict[str, Any]:
     began = time.perf_counter()
     text = network.text_kv(rows)
     seconds: dict[str, Any] = {"text": time.perf_counter() - began, "passes": []}
-    levels = sigmas(config.unit_steps(0), config.shift)
+    drawn = lambda: torch.randn(x.shape, generator=generator).to(dtype)  # noqa: E731
     first, latents = None, x
-    for i, s in enumerate(levels):
+    for s, s_next in descent(config.unit_steps(0), config.shift):
         began = time.perf_counter()
         v = network.step(latents, torch.full((1,), TIME_SCALE * s), text, ring, 0)
         seconds["passes"].append(time.perf_counter() - began)
         print(f"{precision}: pass at t = {TIME_SCALE * s:.1f}, {seconds['passes'][-1]:.1f} s", file=sys.stderr)
         first = v if first is None else first
-        latents = x0_from_v(latents, v, s)
-        if i + 1 < len(levels):
-            noise = torch.randn(x.shape, generator=generator).to(dtype)
-            latents = add_noise(latents, noise, levels[i + 1])
+        latents = onward(config.solver, latents, x0_from_v(latents, v, s), s, s_next, drawn)
     began = time.perf_counter()
     network.commit(latents, text, ring, 0)
     seconds["commit"] = time.perf_counter() - began

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cfrt.engines import Spec
 from cfrt.engines.torch import TorchEngine
-from cfrt.flow import TIME_SCALE, sigmas
+from cfrt.flow import TIME_SCALE, descent, onward
 from cfrt.weights import load_model
 
 from . import machine
@@ -60,9 +61,11 @@ def run(engine: TorchEngine, folder: Path) -> dict[str, Any]:
         return result
 
     def unit(number: int, stage: Stage) -> None:
-        x = stage("noise", lambda: engine.noise(number, 0))
-        for sigma in sigmas(config.unit_steps(number), config.shift):
-            x = stage("pass", lambda x=x, sigma=sigma: engine.denoise(x, TIME_SCALE * sigma, number))
+        drawn = lambda step: stage("noise", partial(engine.noise, number, step))  # noqa: E731
+        x = drawn(0)
+        for step, (s, s_next) in enumerate(descent(config.unit_steps(number), config.shift), 1):
+            x0 = stage("pass", partial(engine.denoise, x, TIME_SCALE * s, number))
+            x = onward(config.solver, x, x0, s, s_next, partial(drawn, step))
         stage("decode", lambda: engine.decode(x))
         stage("commit", lambda: engine.commit(x, number))
 

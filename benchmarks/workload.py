@@ -7,7 +7,7 @@ student's own.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,10 @@ class Workload:
         return self.config.window // self.config.unit
 
     @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels of the passes: all of a unit's for the student, the first for the sizes."""
+    def levels(self) -> tuple[tuple[float, float], ...]:
+        """From which s to which each pass goes: all of a unit's for the student, for the sizes one, from 1 to 0."""
         us = self.config.unit_steps(self.unit)
-        return flow.sigmas(us if self.size == STUDENT else us[:1], self.config.shift)
+        return flow.descent(us if self.size == STUDENT else us[:1], self.config.shift)
 
     @cached_property
     def truth(self) -> "Truth":
@@ -123,11 +123,12 @@ def _truth(work: Workload) -> Truth:
 def _run(work: Workload, dit: CausalDiT, text: TextKV, ring: RingCache) -> Tensor:
     """x0 of what is timed; for the student decoding and commit are run as well, to be counted."""
     unit, config = work.unit, work.config
-    x = _double(noise(config, unit, 0))
-    for step, s in enumerate(work.sigmas):
-        x = flow.renoise(x, _double(noise(config, unit, step)), s) if step else x
+    drawn = lambda step: _double(noise(config, unit, step))  # noqa: E731
+    x = drawn(0)
+    for step, (s, s_next) in enumerate(work.levels, 1):
         t = torch.full((1,), flow.TIME_SCALE * s, dtype=torch.float64)
-        x = flow.x0_from_v(x, dit.step(x, t, text, ring, unit), s)
+        x0 = flow.x0_from_v(x, dit.step(x, t, text, ring, unit), s)
+        x = flow.onward(config.solver, x, x0, s, s_next, partial(drawn, step))
     if work.size == STUDENT:
         work.autoencoder().double().decode(x, _double(noise(config, unit - 1, PAST))[:, -1])
         dit.commit(x, text, ring, unit)

@@ -103,8 +103,8 @@ class ModelConfig:
     first_steps: tuple[float, ...] | None = None
     """The list for unit 0, which has no past to lean on; None = `steps`."""
     solver: str = "renoise"
-    """From one level to the next: "renoise" puts new noise on the estimate of x0 (students), "euler" follows the flow,
-    and ends at 0 (teachers)."""
+    """From one level to the next: "renoise" puts new noise on the estimate of x0 (students that jump to it), "euler"
+    follows the flow (teachers, and students that were taught the way from each level to the next)."""
     guidance: float = 1.0
     """Weight of classifier-free guidance, v_null + weight (v - v_null); 1 is none, and half of the work."""
     sinks: int = 0

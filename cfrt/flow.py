@@ -6,8 +6,9 @@ tensors alike, since only arithmetic is used. No I/O, no state, no torch.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ def unwarp(s: Array, shift: float) -> Array:
 def sigmas(us: Iterable[float], shift: float) -> tuple[float, ...]:
     """A step list after the warp: (1, .75, .5, .25) at shift 5 becomes (1, .9375, .8333, .625)."""
     return tuple(warp(float(u), shift) for u in us)
+
+
+def descent(us: Iterable[float], shift: float) -> tuple[tuple[float, float], ...]:
+    """Every level of a step list with the one that follows it; 0 follows the last."""
+    return tuple(pairwise((*sigmas(us, shift), 0.0)))
 
 
 def euler_grid(steps: int, shift: float) -> tuple[float, ...]:
@@ -81,6 +87,14 @@ def v_from_x0(x: Array, x0: Array, s: Array) -> Array:
 def euler(x: Array, v: Array, s: Array, s_next: Array) -> Array:
     """One Euler step of dx/ds = v, from s to s_next."""
     return x + (s_next - s) * v
+
+
+def onward(solver: str, x: Array, x0: Array, s: float, s_next: float, noise: Callable[[], Array]) -> Array:
+    """A step of sampling from x at s to s_next, given the estimate of x0: "renoise" puts new noise on the estimate,
+    "euler" follows the flow through both. The last one, to 0, ends at the estimate itself."""
+    if s_next == 0:
+        return x0
+    return renoise(x0, noise(), s_next) if solver == "renoise" else euler(x, v_from_x0(x, x0, s), s, s_next)
 
 
 def guide(v_cond: Array, v_null: Array, scale: Array) -> Array:

@@ -9,7 +9,8 @@ A schedule holds what is between noise and clean; it asks the engine for passes,
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from functools import partial
+from itertools import takewhile
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -77,16 +78,13 @@ class Sequential:
         """S passes over one unit; the first may take a commit along."""
         engine, config = self._engine, self._config
         self.began = perf_counter()
-        levels = flow.sigmas(config.unit_steps(number), config.shift)
         x = calls.noise(unit, 0)
-        for step, (s, s_next) in enumerate(pairwise((*levels, 0.0))):
+        for step, (s, s_next) in enumerate(flow.descent(config.unit_steps(number), config.shift)):
             if calls.stale():
                 return None
-            if step > 0 and config.solver == "renoise":
-                x = flow.renoise(x, calls.noise(unit, step), s)
             with calls.span(f"denoise {step}"):
                 x0 = engine.denoise(x, flow.TIME_SCALE * s, unit, commit=calls.owed())
-            x = x0 if config.solver == "renoise" else flow.euler(x, flow.v_from_x0(x, x0, s), s, s_next)
+            x = flow.onward(config.solver, x, x0, s, s_next, partial(calls.noise, unit, step + 1))
         return x
 
     def state(self) -> None:

@@ -7,7 +7,7 @@ such an export is verified with as well. It measures time and size, not what qua
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -157,13 +157,12 @@ def _played(dit: CausalDiT, text: TextKV, ring: RingCache, unit: int, seed: int)
     """A unit's latents [1, F, C, h, w], by the student's own steps."""
     config = dit.config
     shape = (1, config.unit, config.latent_channels, *config.latent_grid)
-    levels = flow.sigmas(config.unit_steps(unit), config.shift)
-    x = torch.from_numpy(noise.normal(seed, unit, 0, 0, shape))
-    for step, (s, _) in enumerate(pairwise((*levels, 0.0))):
-        if step:
-            x = flow.renoise(x, torch.from_numpy(noise.normal(seed, unit, step, 0, shape)), s)
+    drawn = lambda step: torch.from_numpy(noise.normal(seed, unit, step, 0, shape))  # noqa: E731
+    x = drawn(0)
+    for step, (s, s_next) in enumerate(flow.descent(config.unit_steps(unit), config.shift), 1):
         t = torch.tensor([flow.TIME_SCALE * s], dtype=torch.float64)
-        x = flow.x0_from_v(x, dit.step(x, t, text, ring, unit), s)
+        x0 = flow.x0_from_v(x, dit.step(x, t, text, ring, unit), s)
+        x = flow.onward(config.solver, x, x0, s, s_next, partial(drawn, step))
     return x
 
 

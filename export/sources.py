@@ -83,8 +83,11 @@ def find(options: Checkpoint) -> Source:
     config = _changed(_one_by_one(config, options), options)
     decoder = options.decoder or config.autoencoder.kind
     decoder_config(config, decoder)
-    if config.solver != "renoise" or config.guided:
-        raise ExportError(f"{config.name!r} is a teacher: bundles are made of few-step students without guidance")
+    if config.guided:
+        raise ExportError(
+            f"{config.name!r} is a teacher: expected a model without guidance, got {config.guidance:g}, for which "
+            "every pass runs twice; the torch engine runs it, and bundles are made of the students distilled from it"
+        )
     if options.weights == RANDOM:
         return _random(config, decoder)
     dit, own, origin = _transformer(options, config, folder)

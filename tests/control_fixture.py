@@ -3,12 +3,11 @@ its units that has no thread, no queue, no journal and no timeline of the runtim
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+from sampling_fixture import sampled
 from student_fixture import RED, random_weights
 
-from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.engines import Spec
 from cfrt.engines.native import NativeEngine
@@ -82,10 +81,7 @@ class Oracle:
                         engine.commit(past[old], old)
             engine.set_text(score.rows(unit))
             engine._seed = score.seed_of(unit)
-            x: Any = engine.noise(unit, 0)
-            for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
-                x = flow.renoise(x, engine.noise(unit, step), s) if step else x
-                x = engine.denoise(x, flow.TIME_SCALE * s, unit)
+            x = sampled(engine, config, unit)
             frames.append(engine.decode(x))
             engine.commit(x, unit)
             past[unit] = x

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from sampling_fixture import EULER
 from student_fixture import RED, save_student, small_config
 
 import cfrt
@@ -17,6 +18,7 @@ CONFIGS = (
     small_config(),
     small_config(unit=3, window=7, sinks=2),
     small_config(window=3, sinks=1),
+    small_config(**EULER),
 )
 
 Open = Callable[..., cfrt.Stream]

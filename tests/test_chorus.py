@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundle_fixture import chorus_engine, onnx_engine
+from sampling_fixture import EULER, sampled
 from student_fixture import BLUE, RED, random_weights, small_config
 
 import cfrt
@@ -13,7 +14,6 @@ from cfrt.bundle import Bundle
 from cfrt.engines import Spec
 from cfrt.engines.chorus import ChorusEngine
 from cfrt.errors import BundleError
-from cfrt.flow import TIME_SCALE, renoise, sigmas
 from cfrt.students import find
 from cfrt.text import encoder
 from cfrt.weights import load_model, save_model
@@ -26,7 +26,7 @@ SEEDS = (5, 9, 2**63)
 GEOMETRIES = [
     {"unit": 1, "window": 3, "sinks": 1},
     {"unit": 3, "window": 6, "sinks": 2, "patch": (1, 1, 2)},
-    {"depth": 1, "width": 32, "latent_grid": (2, 6)},
+    {"depth": 1, "width": 32, "latent_grid": (2, 6), **EULER},
 ]
 
 
@@ -50,10 +50,7 @@ def test_each_stream_is_the_one_that_it_would_be_alone(geometry: dict) -> None:
         alone = onnx_engine(config, seed)
         alone.set_text(text)
         for unit in range(units):
-            x = alone.noise(unit, 0)
-            for step, s in enumerate(sigmas(config.unit_steps(unit), config.shift)):
-                x = renoise(x, alone.noise(unit, step), s) if step else x
-                x = alone.denoise(x, TIME_SCALE * s, unit)
+            x = sampled(alone, config, unit)
             first = config.first_frame(unit)
             expected = alone.decode(x).astype(int)
             assert np.abs(clips[first : first + len(expected), stream] - expected).max() <= 1

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bundle_fixture import onnx_engine
+from sampling_fixture import EULER, sampled
 from student_fixture import random_weights, small_config
 
-from cfrt import engines, flow
+from cfrt import engines
 from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Memory, Spec, choose, names, refusal
 from cfrt.engines.native import NativeEngine
@@ -48,30 +49,26 @@ def rows(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((4, 16)).astype(np.float32)
 
 
-def denoised(engine: Engine, config: ModelConfig, unit: int, commit: Any = None) -> Any:
-    x = engine.noise(unit, 0)
-    for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
-        if step:
-            x = flow.renoise(x, engine.noise(unit, step), s)
-        x = engine.denoise(x, 1000 * s, unit, commit=commit if step == 0 else None)
-    return x
-
-
 def advance(engine: Engine, config: ModelConfig, units: range) -> list[np.ndarray]:
     pixels = []
     for unit in units:
-        x = denoised(engine, config, unit)
+        x = sampled(engine, config, unit)
         pixels.append(engine.decode(x))
         engine.commit(x, unit)
     return pixels
 
 
-GEOMETRIES = [{"unit": 1, "window": 4}, {"unit": 3, "window": 7, "sinks": 2}, {"unit": 1, "window": 3, "sinks": 1}]
+GEOMETRIES = [
+    {"unit": 1, "window": 4},
+    {"unit": 3, "window": 7, "sinks": 2},
+    {"unit": 1, "window": 3, "sinks": 1},
+    {"unit": 1, "window": 3, **EULER},
+]
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 
 
 @geometries
-def test_snapshot_and_restore_are_exact(geometry: dict[str, int], prepared: Prepared) -> None:
+def test_snapshot_and_restore_are_exact(geometry: dict[str, Any], prepared: Prepared) -> None:
     """Theorem 5: restore, then continue, equals uninterrupted, bit for bit; also into a fresh engine."""
     config = small_config(**geometry)
     engine = prepared(config, precision="fp32")
@@ -86,7 +83,7 @@ def test_snapshot_and_restore_are_exact(geometry: dict[str, int], prepared: Prep
 
 
 @geometries
-def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, int], prepared: Prepared) -> None:
+def test_a_unit_taken_back_leaves_no_trace(geometry: dict[str, Any], prepared: Prepared) -> None:
     """Theorem 3 for `rewind`: denoised, decoded and committed under another text, then done again."""
     config = small_config(**geometry)
     plain, engine = prepared(config), prepared(config)
@@ -107,7 +104,7 @@ in_core = pytest.mark.parametrize(
 
 @in_core
 @geometries
-def test_recalling_what_was_overwritten_is_going_back(geometry: dict[str, int], prepared: Prepared) -> None:
+def test_recalling_what_was_overwritten_is_going_back(geometry: dict[str, Any], prepared: Prepared) -> None:
     """What each unit evicts, and the decoder's state before the first of them, undo three units; a twin of the engine
     that is given all frames in sight goes on alike."""
     config = small_config(**geometry)
@@ -147,25 +144,25 @@ def test_rewind_goes_one_unit_back_and_no_further(prepared: Prepared) -> None:
 
 
 @geometries
-def test_fused_commit_equals_separate_commit(geometry: dict[str, int], prepared: Prepared) -> None:
+def test_fused_commit_equals_separate_commit(geometry: dict[str, Any], prepared: Prepared) -> None:
     """Theorem 4. For `torch` fusing is commit, then denoise; an engine that does not fuse refuses to."""
     config = small_config(**geometry)
     engine, fused = prepared(config), prepared(config)
     if not fused.fuses:
         with pytest.raises(EngineError, match="call commit first"):
-            denoised(fused, config, 1, commit=denoised(fused, config, 0))
+            sampled(fused, config, 1, commit=sampled(fused, config, 0))
         return
     expected = advance(engine, config, range(6))
     pixels, owed = [], None
     for unit in range(6):
-        owed = denoised(fused, config, unit, commit=owed)
+        owed = sampled(fused, config, unit, commit=owed)
         pixels.append(fused.decode(owed))
     np.testing.assert_array_equal(np.concatenate(pixels), np.concatenate(expected))
 
 
 @geometries
 def test_committing_the_window_again_forgets_whether_a_unit_was_made_ahead(
-    geometry: dict[str, int], prepared: Prepared
+    geometry: dict[str, Any], prepared: Prepared
 ) -> None:
     """A recache gives the same ring, whether or not the next unit was begun before it was called off."""
     config = small_config(**geometry)
@@ -174,24 +171,24 @@ def test_committing_the_window_again_forgets_whether_a_unit_was_made_ahead(
         engine = prepared(config)
         past = []
         for unit in range(7):
-            past.append(denoised(engine, config, unit))
+            past.append(sampled(engine, config, unit))
             engine.commit(past[-1], unit)
         if ahead:
-            denoised(engine, config, 7)
+            sampled(engine, config, 7)
             engine.rewind(7)
         engine.set_text(rows(2))
         for unit in (5, 6):
             engine.commit(past[unit], unit)
-        results.append(engine.decode(denoised(engine, config, 7)))
+        results.append(engine.decode(sampled(engine, config, 7)))
     np.testing.assert_array_equal(*results)
 
 
 def test_text_changes_what_is_made(prepared: Prepared) -> None:
     config = small_config()
     engine = prepared(config)
-    first = denoised(engine, config, 0)
+    first = sampled(engine, config, 0)
     engine.set_text(rows(2))
-    assert (first != denoised(engine, config, 0)).any()
+    assert (first != sampled(engine, config, 0)).any()
 
 
 def test_noise_is_a_function_of_seed_unit_and_step(prepared: Prepared) -> None:
@@ -219,7 +216,7 @@ def test_a_pass_without_text_says_so(kind: type[Engine]) -> None:
     engine = kind()
     engine.prepare(spec_of(config))
     with pytest.raises(EngineError, match="set_text"):
-        denoised(engine, config, 0)
+        sampled(engine, config, 0)
 
 
 @pytest.mark.parametrize("kind", [TorchEngine, NativeEngine])

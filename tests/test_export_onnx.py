@@ -21,10 +21,11 @@ import pytest
 import torch
 from bundle_fixture import graphs, source_of
 from onnx import ModelProto, numpy_helper
-from student_fixture import random_weights, save_student, small_config
+from sampling_fixture import EULER
+from student_fixture import RED, random_weights, save_student, small_config
 from torch import Tensor, nn
 
-from cfrt import convert, shapes
+from cfrt import Stream, convert, shapes
 from cfrt.bundle import MANIFEST, Bundle, Segment
 from cfrt.cli import main as cfrt
 from cfrt.config import PRESETS, ModelConfig
@@ -299,6 +300,23 @@ def test_a_graph_that_was_not_the_one_verified_is_refused() -> None:
     next(node for node in other.graph.node if node.op_type == "Gelu").attribute[0].s = b"none"
     with pytest.raises(ExportError, match=r"mid_1 is not the graph that was verified: node \d+ of \d+ differs"):
         verify.same_graph("mid_1", other, made["mid_0"])
+
+
+# ---------------------------------------------------------------------- solvers
+
+
+def test_a_student_of_euler_steps_is_exported_calibrated_and_streams(tmp_path: Path, made_once: None) -> None:
+    """In 8 bits, close to the model that it was made of."""
+    save_student(tmp_path / "model", sinking(**EULER))
+    (tmp_path / "prompts.txt").write_text(RED)
+    flags = ["--precision", "int8", "--calibration", str(tmp_path / "prompts.txt")]
+    assert main([*arguments(tmp_path), *flags]) == 0
+    made = []
+    for options in ({"model": tmp_path / "bundle"}, {"model": tmp_path / "model", "engine": "torch"}):
+        with Stream(RED, **options, seed=7, fps="max", threads=1) as stream:
+            assert (stream.config.solver, stream.engine) == ("euler", options.get("engine", "onnx"))
+            made.append(np.stack([frame.pixels for frame in stream.frames(n=17)]).astype(int))
+    assert np.abs(made[0] - made[1]).mean() < 2, "in levels of 255"
 
 
 # ---------------------------------------------------------------------- whole or not at all

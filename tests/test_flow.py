@@ -80,6 +80,23 @@ def test_few_steps_of_a_perfect_network_land_on_the_data():
     assert x == pytest.approx(x0)
 
 
+@pytest.mark.parametrize("solver", ["renoise", "euler"])
+def test_a_step_onward(solver):
+    """Both solvers go from noise at 1 to a perfect network's x0; what lies between is new noise on x0, or the line from
+    the first noise to it."""
+    rng = np.random.default_rng(0)
+    x0, eps, drawn = rng.normal(size=5), rng.normal(size=5), []
+    x, steps = eps, flow.descent(FOUR_STEPS, 5)
+    assert [s for s, _ in steps] == [*flow.sigmas(FOUR_STEPS, 5)] == [1.0, *(s_next for _, s_next in steps[:-1])]
+    assert steps[-1][1] == 0
+    for s, s_next in steps:
+        x = flow.onward(solver, x, x0, s, s_next, lambda: drawn.append(rng.normal(size=5)) or drawn[-1])
+        new = drawn[-1] if solver == "renoise" else eps
+        assert x == pytest.approx((1 - s_next) * x0 + s_next * new)
+    assert x is x0
+    assert len(drawn) == (3 if solver == "renoise" else 0)
+
+
 def test_guidance():
     assert flow.guide(2.0, 1.0, 1) == 2
     assert flow.guide(2.0, 1.0, 0) == 1

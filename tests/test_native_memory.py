@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sampling_fixture import sampled
 from student_fixture import random_weights, small_config
 
-from cfrt import flow
 from cfrt.engines import Spec
 from cfrt.engines.native import NativeEngine
 
@@ -97,10 +97,7 @@ def test_ten_thousand_units_are_flat(precision: str) -> None:
     config, owed, spans, resident = engine._config, None, [], []
     for unit in range(10_000):
         begin = time.process_time()
-        x = engine.noise(unit, 0)
-        for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
-            x = flow.renoise(x, engine.noise(unit, step), s) if step else x
-            x, owed = engine.denoise(x, 1000 * s, unit, commit=owed), None
+        x = sampled(engine, config, unit, commit=owed)
         engine.decode(x)
         owed = x
         spans.append(time.process_time() - begin)

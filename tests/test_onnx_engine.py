@@ -3,10 +3,12 @@ a bundle."""
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from bundle_fixture import onnx_engine
+from sampling_fixture import EULER, sample
 from student_fixture import random_weights, small_config
 
 import cfrt
@@ -14,7 +16,6 @@ from cfrt.bundle import Bundle
 from cfrt.engines import Spec, choose
 from cfrt.engines.torch import TorchEngine
 from cfrt.errors import BundleError, EngineError
-from cfrt.flow import renoise, sigmas
 from export.onnx import main
 
 pytestmark = pytest.mark.cpu
@@ -25,7 +26,7 @@ GEOMETRIES = [
     {"unit": 3, "window": 7, "sinks": 2},  # a window that is no multiple of the unit; sinks at their trained distance
     {"unit": 1, "window": 2, "sinks": 2, "sink_position": "absolute"},
     {"depth": 1, "width": 32, "latent_grid": (2, 6), "patch": (1, 1, 2)},
-    {"heads": 1, "depth": 3},
+    {"heads": 1, "depth": 3, **EULER},
 ]
 
 
@@ -51,15 +52,16 @@ def test_the_chain_is_as_exact_as_pytorch_in_fp32(geometry: dict) -> None:
         each.set_text(rows)
     errors = {"onnx": 0.0, "torch": 0.0}
     for unit in range(2 * (config.window + config.sinks) // config.unit + 2):
-        x = truth.noise(unit, 0)
-        for step, s in enumerate(sigmas(config.unit_steps(unit), config.shift)):
-            x = renoise(x, truth.noise(unit, step), s) if step else x
+
+        def denoise(x: Any, s: float, unit: int = unit) -> Any:
             clean = truth.denoise(x, 1000 * s, unit)
             scale = clean.norm()
             errors["torch"] += float((peer.denoise(x.float(), 1000 * s, unit) - clean).norm() / scale) ** 2
             found = engine.denoise(x.float().numpy(), 1000 * s, unit)
             errors["onnx"] += float(np.linalg.norm(found - clean.numpy()) / scale) ** 2
-            x = clean
+            return clean
+
+        x = sample(config, unit, truth.noise, denoise, unit)
         pixels = engine.decode(x.float().numpy()).astype(int)
         assert np.abs(pixels - truth.decode(x)).max() <= 1
         truth.commit(x, unit)

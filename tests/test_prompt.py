@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sampling_fixture import sampled
 from stream_fixture import pixels, wait_until
 from student_fixture import BLUE, RED, random_weights, small_config
 
 import cfrt
-from cfrt import flow
 from cfrt.engines.native import NativeEngine
 from cfrt.text import TableText
 from cfrt.timeline import Timeline
@@ -112,10 +112,7 @@ def test_recache_is_the_stated_recommit(
             engine.set_text(text.encode(BLUE).rows)
             for old in (4, 5, 6):  # a window of four: three units of the past
                 engine.commit(past[old], old)
-        x = engine.noise(unit, 0)
-        for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
-            x = flow.renoise(x, engine.noise(unit, step), s) if step else x
-            x = engine.denoise(x, 1000 * s, unit)
+        x = sampled(engine, config, unit)
         shown = engine.decode(x)
         engine.commit(x, unit)
         past.append(x)

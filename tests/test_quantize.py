@@ -9,18 +9,24 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from bundle_fixture import source_of
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper
+from sampling_fixture import EULER, sampled
 from student_fixture import BLUE, RED, random_weights, save_student, small_config
 
 import cfrt
 from cfrt.bundle import Bundle, Segment
+from cfrt.engines import Spec
+from cfrt.engines.torch import TorchEngine
 from cfrt.errors import ExportError
+from cfrt.nn.dit import CausalDiT
+from cfrt.nn.ring import RingCache
 from cfrt.text import TableText
 from cfrt.weights import save_model
-from export import transformer, verify
+from export import calibrate, transformer, verify
 from export.build import PIXELS, build, eight_bits, outside
 from export.builder import Builder
 from export.calibrate import Calibration, find
@@ -258,6 +264,23 @@ def test_a_bundle_says_where_its_scales_come_from(tmp_path: Path) -> None:
     assert bundle.manifest.verification.limits["velocity"] == verify.EXACT
     with cfrt.Stream(RED, model=tmp_path / "b", engine="onnx", seed=1) as stream:
         assert [frame.pixels.shape for frame in stream.frames(2)] == [(32, 32, 3)] * 2
+
+
+@pytest.mark.parametrize("changes", [{}, EULER], ids=["renoise", "euler"])
+@torch.no_grad()
+def test_a_unit_is_calibrated_with_the_student_s_own_steps(changes: dict) -> None:
+    config = replace(CONFIG, **changes)
+    engine = TorchEngine()
+    engine.prepare(Spec(config=config, weights=random_weights(config), seed=5, precision="fp32"))
+    engine.set_text(rows_of_text := np.ones((4, 16), np.float32))
+    dit = CausalDiT.from_arrays(config, source_of(config).dit).eval()
+    ring, text = RingCache(config), dit.text_kv(torch.from_numpy(rows_of_text)[None, None])
+    for unit in range(3):
+        expected = sampled(engine, config, unit)
+        found = calibrate._played(dit, text, ring, unit, 5)
+        torch.testing.assert_close(found, expected)
+        engine.commit(expected, unit)
+        dit.commit(found, text, ring, unit)
 
 
 def test_random_weights_are_shown_random_text() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sampling_fixture import EULER, sample, sampled
 from stream_fixture import pixels, wait_until
 from student_fixture import BLUE, RED, random_weights, save_student, small_config
 
@@ -58,12 +59,13 @@ GEOMETRIES = [
     {"unit": 3, "window": 6},
     {"unit": 3, "window": 7, "sinks": 2},
     {"unit": 1, "window": 9, "sinks": 1},
+    {"unit": 1, "window": 4, **EULER},
 ]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("fps", ["max", 10_000.0])
-def test_streaming_equals_offline(geometry: dict[str, int], fps: str | float, tmp_path: Path) -> None:
+def test_streaming_equals_offline(geometry: dict[str, Any], fps: str | float, tmp_path: Path) -> None:
     """Offline has no ring, no commit, no thread and no decoder state: every pass looks at the whole clean past under a
     mask, and the whole latent is decoded at once. The prompt changes at unit 4."""
     config = small_config(**geometry)
@@ -93,19 +95,18 @@ def offline(config: Any, weights: dict[str, np.ndarray], seed: int, texts: list[
     text_kv = dit.text_kv(torch.tensor(np.stack([text.encode(t).rows for t in known]), dtype=torch.float64)[None])
     captions = torch.tensor([[known.index(t) for t in texts for _ in range(config.unit)]])
     shape = (1, config.unit, config.latent_channels, *config.latent_grid)
+    drawn = lambda *key: torch.tensor(noise.normal(seed, *key, noise.Purpose.SAMPLE, shape)).double()  # noqa: E731
     clean = torch.zeros(1, 0, *shape[2:], dtype=torch.float64)
     for unit in range(len(texts)):
-        end = (unit + 1) * config.unit
+        end, past = (unit + 1) * config.unit, clean
         mask = torch.from_numpy(config.geometry.causal_mask(end))
-        x0 = None
-        for step, s in enumerate(flow.sigmas(config.unit_steps(unit), config.shift)):
-            e = torch.tensor(noise.normal(seed, unit, step, noise.Purpose.SAMPLE, shape), dtype=torch.float64)
-            x = e if x0 is None else flow.renoise(x0, e, s)
-            t = torch.cat([torch.zeros(1, unit * config.unit), torch.full((1, config.unit), 1000 * s)], 1).double()
-            v = dit(torch.cat([clean, x], 1), t, text_kv, captions[:, :end], mask=mask)
-            x0 = flow.x0_from_v(x, v[:, -config.unit :], s)
-        assert x0 is not None
-        clean = torch.cat([clean, x0], 1)
+
+        def denoise(x: torch.Tensor, s: float, end: int = end, past: Any = past, mask: Any = mask) -> torch.Tensor:
+            t = torch.cat([torch.zeros(1, end - config.unit), torch.full((1, config.unit), 1000 * s)], 1).double()
+            v = dit(torch.cat([past, x], 1), t, text_kv, captions[:, :end], mask=mask)
+            return flow.x0_from_v(x, v[:, -config.unit :], s)
+
+        clean = torch.cat([clean, sample(config, unit, drawn, denoise, unit)], 1)
     video, _ = autoencoder.decode(clean)
     return (video[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -167,11 +168,7 @@ def test_a_stream_can_start_from_a_picture(open_stream: Callable[..., cfrt.Strea
     clean = engine.encode(image)
     expected = [engine.decode(clean)]
     engine.commit(clean, 0)
-    x = engine.noise(1, 0)
-    for step, s in enumerate(flow.sigmas((1.0, 0.75, 0.5, 0.25), config.shift)):
-        x = flow.renoise(x, engine.noise(1, step), s) if step else x
-        x = engine.denoise(x, 1000 * s, 1)
-    expected.append(engine.decode(x))
+    expected.append(engine.decode(sampled(engine, config, 1, number=0)))
     stream = open_stream(image=image)
     np.testing.assert_array_equal(pixels(stream.frames(5)), np.concatenate(expected))
     assert [frame.index for frame in stream.frames(2)] == [5, 6]

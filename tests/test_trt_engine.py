@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bundle_fixture import source_of
 from fake_gpu import FakeGpu, Policy
+from sampling_fixture import sampled
 from student_fixture import BLUE, RED, random_weights
 from trt_fixture import BUILDER, gpu_config, make_bundle, rows_of, spec_of
 
@@ -20,10 +21,11 @@ from cfrt.config import ModelConfig
 from cfrt.engines import Engine, Spec, choose, refusal, trt
 from cfrt.engines.gpu import Gpu, Upload, as_bytes
 from cfrt.engines.granules import Int8, as_held
+from cfrt.engines.onnx import OnnxEngine
 from cfrt.engines.torch import TorchEngine
 from cfrt.engines.trt import TrtEngine
 from cfrt.errors import BundleError, EngineError
-from cfrt.flow import TIME_SCALE, euler, renoise, sigmas, v_from_x0
+from cfrt.flow import TIME_SCALE, euler, renoise, v_from_x0
 from cfrt.noise import Purpose, normal
 from cfrt.serve.command import Serve
 from export.calibrate import Calibration
@@ -64,10 +66,7 @@ def prepared(gpu: FakeGpu, patch: Patch, **changes: object) -> Iterator[TrtEngin
 
 def unit_of(engine: Engine, config: ModelConfig, unit: int) -> np.ndarray:
     """What the worker does for a unit, the commit apart."""
-    x = engine.noise(unit, 0)
-    for step, s in enumerate(sigmas(config.unit_steps(unit), config.shift)):
-        x = renoise(x, engine.noise(unit, step), s) if step else x
-        x = engine.denoise(x, TIME_SCALE * s, unit)
+    x = sampled(engine, config, unit)
     frames = engine.decode(x)
     engine.commit(x, unit)
     return frames
@@ -88,7 +87,7 @@ def by_torch(config: ModelConfig, precision: str, units: int) -> np.ndarray:
 
 GEOMETRIES: dict[str, tuple[dict[str, object], str, Policy]] = {
     "sinks from no further than trained": ({"window": 2, "trained_frames": 3}, "bf16", "lazy"),
-    "chunks": ({"unit": 2, "window": 4, "sinks": 2, "sink_position": "absolute"}, "bf16", "lazy"),
+    "chunks": ({"unit": 2, "window": 4, "sinks": 2, "sink_position": "absolute", "solver": "euler"}, "bf16", "lazy"),
     "no sinks, three layers": ({"window": 2, "sinks": 0, "depth": 3, "steps": (1.0,)}, "fp16", "eager"),
 }
 
@@ -136,6 +135,29 @@ def test_a_pass_is_captured_once_and_a_stream_takes_no_more_memory(bundle: Bundl
         gpu.drain_all()
         assert (set(gpu.graphs), set(gpu.blocks)) == (graphs, taken)
         assert gpu.done["graph"] == launched + 3 * (len(config.steps) + 1), "each pass is one launch"
+
+
+def test_steps_of_euler_s_are_a_kernel_or_two(tmp_path: Path, monkeypatch: Patch) -> None:
+    """A student of four passes without new noise gives the frames of the `onnx` engine. A pass is one launch of the one
+    graph. Around it: a sum of two latents and its copy to where the graph reads, however many passes came before, and
+    the estimate; noise is drawn once."""
+    config = gpu_config(depth=1, window=2, solver="euler", steps=(1.0, 0.75, 0.5, 0.25))
+    bundle = make_bundle(tmp_path / "bundle", config)
+    peer = OnnxEngine()
+    peer.prepare(spec_of(bundle))
+    expected = stream(peer, config, 5)
+    gpu = FakeGpu(bundle)
+    with prepared(gpu, monkeypatch) as engine:
+        found = [stream(engine, config, 3)]
+        gpu.drain_all()
+        taken, before = set(gpu.blocks), gpu.done.copy()
+        found += [unit_of(engine, config, unit) for unit in (3, 4)]
+        gpu.drain_all()
+        done, passes = gpu.done - before, 2 * len(config.steps)
+        assert set(gpu.blocks) == taken
+    assert (done["graph"], done["renoise"]) == (passes + 2, 2)
+    assert done["combine"] == 3 * passes, "two of the first pass and one of the commit make three"
+    assert np.abs(np.concatenate(found) - expected).mean() < expected.std() / 20
 
 
 def test_the_worker_streams_from_it(bundle: Bundle, monkeypatch: Patch) -> None:

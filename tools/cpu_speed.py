@@ -63,10 +63,11 @@ def section(kept: Mapping[str, Any]) -> str:
     note = (
         f"Milliseconds{_clock(kept)}, medians in turns, measured on {kept['date']}: {machine['cpu']}, "
         f"{machine['cores']} cores, {', '.join(machine['isa'])}; {others}. Sizes: one denoising pass of one latent "
-        "frame of that many tokens, window 12 frames, no decoding; student: a whole unit of 4 frames, 2 steps, window "
-        "8, commit and decoding included; attention: one layer. One core's ceiling, in multiply-adds within "
-        f"registers: {top} GOP/s. Others without a state get keys and values as inputs, cfrt and PyTorch read their "
-        "ring. Every output was checked against fp64; errors, all rows: [cpu.json](benchmarks/results/cpu.json)."
+        "frame of that many tokens, window 12 frames, no decoding; student: a whole unit of 4 frames, "
+        f"{kept['steps']} steps, window 8, commit and decoding included; attention: one layer. One core's ceiling, in "
+        f"multiply-adds within registers: {top} GOP/s. Others without a state get keys and values as inputs, cfrt and "
+        "PyTorch read their ring. Every output was checked against fp64; errors, all rows: "
+        "[cpu.json](benchmarks/results/cpu.json)."
     )
     picture = f"![Billions of operations a second on one thread, by size and runtime]({CHART})"
     return "\n".join([picture, "", *lines, "", note])

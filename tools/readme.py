@@ -67,7 +67,11 @@ def keep(bench: Path) -> None:
     machine = {"cpu": cpu.get("brand_raw", platform.machine()), "cores": os.cpu_count()}
     KEPT.parent.mkdir(exist_ok=True)
     date = datetime.date.today().isoformat()
-    KEPT.write_text(json.dumps({"date": date, "machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    model = ModelConfig.load(STUDENT)
+    steps = {"a unit": len(model.unit_steps(1)), "the first": len(model.unit_steps(0))}
+    KEPT.write_text(
+        json.dumps({"date": date, "machine": machine, "steps": steps, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def speed() -> str:
@@ -84,8 +88,8 @@ def speed() -> str:
     height, width = model.frame_size
     note = (
         f"Measured on {kept['date']}: {where['cpu']}, {where['cores']} cores; {height} x {width} pixels, window "
-        f"{model.window}, {len(model.unit_steps(1))} steps a unit of {model.unit_frames(1)} frames "
-        f"({len(model.unit_steps(0))} for the first). Medians: {medians}.{flat} `make readme` measures again."
+        f"{model.window}, {kept['steps']['a unit']} steps a unit of {model.unit_frames(1)} frames "
+        f"({kept['steps']['the first']} for the first). Medians: {medians}.{flat} `make readme` measures again."
     )
     return "\n".join([*lines, "", note])
 

@@ -24,9 +24,9 @@ def section(kept: Row) -> str:
     where = (
         f"Measured {kept['date']} on {machine['cpu']}, {machine['cores']} cores ({isa}), by "
         f"`benchmarks/bench_serve.py`: model {kept['model']}, {kept['engine']} engine, {kept['precision']} precision, "
-        f"2 steps, window 8, 64 x 64 at {kept['fps']} fps, decoding included; server, viewers and browser on the same "
-        f"machine, whose load average was {kept['load before viewers']:.1f} before the viewers came (niceness "
-        f"{kept['niceness']}) and {kept['load before browser']:.1f} before the browser."
+        f"{kept['steps']} steps, window 8, 64 x 64 at {kept['fps']} fps, decoding included; server, viewers and "
+        f"browser on the same machine, whose load average was {kept['load before viewers']:.1f} before the viewers "
+        f"came (niceness {kept['niceness']}) and {kept['load before browser']:.1f} before the browser."
     )
     return "\n\n".join((where, viewers(kept), browser(kept)))
 

@@ -11,6 +11,7 @@ Legend: B streams, M tokens of a unit, L text rows.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from onnx import ModelProto
@@ -19,7 +20,7 @@ from _cfrt import Noise, kernels
 
 from ..bundle import OUT, Segment
 from ..config import ModelConfig
-from ..flow import TIME_SCALE, renoise, sigmas
+from ..flow import TIME_SCALE, descent, onward
 from ..noise import Purpose
 from . import Spec
 from .granules import as_held, queries_as_held
@@ -37,11 +38,12 @@ class ChorusEngine(OnnxEngine):
 
     def play(self, units: int) -> Iterator[np.ndarray]:
         """The streams from their start: pixels of unit after unit."""
+        config = self._config
         for unit in range(units):
             x = self.noise(unit, 0)
-            for step, s in enumerate(sigmas(self._config.unit_steps(unit), self._config.shift)):
-                x = renoise(x, self.noise(unit, step), s) if step else x
-                x = self.denoise(x, TIME_SCALE * s, unit)
+            for step, (s, s_next) in enumerate(descent(config.unit_steps(unit), config.shift), 1):
+                x0 = self.denoise(x, TIME_SCALE * s, unit)
+                x = onward(config.solver, x, x0, s, s_next, partial(self.noise, unit, step))
             yield self.decode(x)
             self.commit(x, unit)
 

@@ -1,7 +1,8 @@
 """Latents on a GPU: sums of buffers and noise, each times a number, that are computed when a pass needs them.
 
 What happens between two passes is arithmetic (`cfrt.flow`): + and products with floats. Written down instead of done, a
-whole step of it is one kernel: (1 - s) x0 + s e is read off as what the re-noise kernel computes, noise included.
+whole step of it is one kernel: (1 - s) x0 + s e is read off as what the re-noise kernel computes, noise included. An
+Euler step is the sum of two buffers, x and x0, if x is settled before: else that of all estimates so far, and noise.
 """
 
 from collections.abc import Mapping
@@ -125,6 +126,10 @@ class Sums:
         made = self.new()
         self.into(made.memory.address, latents)
         return made
+
+    def settle(self, latents: GpuLatents) -> None:
+        """Computes the sum now, and is done with its terms: it is one buffer from here on."""
+        latents.terms = {self.single(latents): 1.0}
 
     def _pure(self, out: int, noise: Noise) -> None:
         """All noise: what it is mixed with must be a number, or 0 times it would be none."""

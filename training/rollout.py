@@ -8,6 +8,7 @@ Shapes: B clips, n latent frames, F frames a unit; x [B, F, C, h, w]."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -166,12 +167,10 @@ def few_step(
         differentiable = torch.is_grad_enabled()
         for index in range(last + 1):
             with torch.set_grad_enabled(differentiable and (index == last or not renoises)):
-                v = player.velocity(x, ladder[index], unit)
-            x0 = flow.x0_from_v(x, v, ladder[index])
-            if index < last and renoises:
-                x = flow.renoise(x0, noise_like(x0, generator), ladder[index + 1])
-            elif index < last:
-                x = flow.euler(x, v, ladder[index], ladder[index + 1])
+                x0 = flow.x0_from_v(x, player.velocity(x, ladder[index], unit), ladder[index])
+            if index < last:
+                noise = partial(noise_like, x0, generator)
+                x = flow.onward(model.solver, x, x0, ladder[index], ladder[index + 1], noise)
         if passes is not None:
             passes.append(LastPass(x, ladder[last]))
         return x0

@@ -56,7 +56,7 @@ def test_the_card_says_what_was_measured(results: card.Results) -> None:
         "| colour right (%) | 100.0 [92.9, 100.0] | 98.0 [89.5, 99.6] | 92.0 [81.2, 96.8] | 86.0 [73.8, 93.0] | 50 |"
         in body
     )
-    assert "**student, 2 steps**" in body
+    assert "**student, 4 steps**" in body
     assert "AR teacher, 24 guided steps" in body
     assert "| dmd | 2 | 2 h 01 min | one GPU |" in body
     assert "| **total** (data and evaluation not counted) | | **2 h 02 min** | |" in body

@@ -14,7 +14,7 @@ from torch import nn
 
 from training import bidirectional, capture, cd, data, loop, parallel, recipes, teacher
 from training.network import Network
-from training.optimisers import StackedMuon
+from training.optimisers import StackedMuon, orthogonal
 
 RECIPE = recipes.tiny()
 CLIPS = data.Config(clips=96, units=6)
@@ -109,7 +109,8 @@ def test_a_captured_run_goes_on_bit_for_bit(tmp_path: Path, clips: data.Clips) -
 
 
 @pytest.mark.cpu
-def test_stacked_muon_is_torchs() -> None:
+def test_stacked_muon_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "bf16_is_fast", lambda device: True)
     torch.manual_seed(0)
     shapes = [(8, 12), (8, 12), (12, 8), (16, 16)]
     ours, theirs = ([nn.Parameter(torch.full(shape, 0.5)) for shape in shapes] for _ in range(2))
@@ -124,3 +125,15 @@ def test_stacked_muon_is_torchs() -> None:
     for own, other in zip(ours, theirs, strict=True):
         assert torch.allclose(own, other, rtol=0, atol=1e-5)
         assert (other - 0.5).abs().max() > 1e-3
+
+
+@pytest.mark.cpu
+def test_matrices_are_orthogonalised_in_fp32_where_bf16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for fast in (True, False):
+        monkeypatch.setattr(parallel, "bf16_is_fast", lambda device, fast=fast: fast)
+        found[fast] = orthogonal(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert (found[True].dtype, found[False].dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(found[True].float(), found[False], atol=0.05, rtol=0)
+    assert ((torch.linalg.svdvals(found[False]) > 0.6) & (torch.linalg.svdvals(found[False]) < 1.3)).all()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cfrt.config import ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
-from training import autoencoder, data, worlds
+from training import autoencoder, data, parallel, worlds
 from training.data import Batch
 from training.loop import Micro, Optimisers, Report, Update, cosine
 from training.network import Network, frozen, resampled
@@ -67,12 +67,12 @@ class Stage:
         plan = data.script(config.batch, self.clips, generator)
         scene = data.play(plan, config.units, generator)
         video = worlds.render(scene).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), parallel.half(device):
             clean = self.student.encode(video).float()
         batch = Batch(latents=clean, captions=plan.captions, caption=plan.caption(config.units)).to(device)
         latents = resampled(self.guesser, batch, config.guessed, config.top, self.model.shift, generator).latents
         latents = latents + config.latent_noise * torch.randn(latents.shape, generator=generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with parallel.half(device):
             decoded, _ = self.student.decode(latents)
         weight = 1 + (config.object_weight - 1) * autoencoder.around(scene).to(device)
         loss, error = autoencoder.pixel_loss(decoded.float(), video, weight, config.motion_weight)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training import parallel
+
 
 def muon_and_adam(
     network: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.01
@@ -18,7 +20,8 @@ def muon_and_adam(
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         (matrices if ".blocks." in f".{name}" and parameter.dim() == 2 else rest).append(parameter)
-    muon = StackedMuon if matrices and matrices[0].is_cuda else torch.optim.Muon
+    stacked = bool(matrices) and (matrices[0].is_cuda or not parallel.bf16_is_fast(matrices[0].device))
+    muon = StackedMuon if stacked else torch.optim.Muon
     return {
         "muon": muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         "adam": torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay),
@@ -32,7 +35,8 @@ def adam(
 
 
 class StackedMuon(torch.optim.Muon):
-    """torch's Muon, the matrices of one shape orthogonalised together: 30 launches a shape instead of a matrix."""
+    """torch's Muon, the matrices of one shape orthogonalised together: 30 launches a shape instead of a matrix; and in
+    fp32 where bf16 is slow."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -59,10 +63,11 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices [n, a, b] with their singular values pulled towards one, bf16: Newton-Schulz (Jordan, 2024)."""
+    """Matrices [n, a, b] with their singular values pulled towards one: Newton-Schulz (Jordan, 2024)."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16()
+    x = x.mT if tall else x
+    x = x.bfloat16() if parallel.bf16_is_fast(x.device) else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from _cfrt import kernels
 from cfrt.errors import TrainingError
 from cfrt.nn.dit import CausalDiT
 
@@ -72,6 +73,16 @@ def device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Has it products of bf16? On a CPU without them PyTorch emulates them, several times slower than fp32."""
+    return device.type != "cpu" or kernels.isa() == "avx512bf16"
+
+
+def half(device: torch.device) -> torch.autocast:
+    """bf16 compute, where that is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device))
 
 
 def share(micros: int) -> range:

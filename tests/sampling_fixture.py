@@ -10,7 +10,7 @@ from cfrt.config import ModelConfig
 from cfrt.engines import Engine
 
 EULER = {"solver": "euler", "steps": (1.0, 0.75, 0.5, 0.25), "first_steps": (1.0, 0.8, 0.6, 0.4, 0.2)}
-"""Of a student without new noise; its steps are as many as the embedded student's."""
+"""Of a student that follows the flow; its first unit takes more and other steps."""
 
 
 def sample(

@@ -132,7 +132,7 @@ def on_gpu(attention: Mapping[str, Any], capture: Mapping[str, Any], chain: Mapp
         "and average included: `python -m benchmarks.capture`. The *graph alone* is replayed without either. DMD's "
         f"rollouts are not captured; its step is one update of the student and five of the critic. {capture['note']}",
         captured(capture["rows"]),
-        "### The end of the recipe tiny-gpu",
+        "### The end of the recipe tiny-gpu as it was, with consistency (cd_long) where phases are now",
         "Its last three stages, from the released AR teacher and the shipped student: "
         f"{sum(row['seconds'] for row in chain['stages']) / 60:.1f} minutes, and {making:.0f} s to make "
         f"{recipe.long.clips:,} clips (at the rate measured for {chain['data']['clips']:,}). The stages before them "

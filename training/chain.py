@@ -212,7 +212,7 @@ def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     make, kept = partial(config.pairs_of, strong, weak, model), config.trajectories(model)
     ode.write(out / "pairs", kept, _clips(recipe, out, long=True), make, recipe.seed)
     start = trained_network(recipe, out, "teacher_long")
-    return _averaged(phases.Stage(config, model, ode.Stored(out / "pairs", kept), start), config.ema)
+    return _averaged(phases.Stage(config, model, ode.read(out / "pairs", kept), start), config.ema)
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:

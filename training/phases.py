@@ -28,21 +28,21 @@ from training.optimisers import adam
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    pairs: int = 6400
+    pairs: int = 4096
     """Clips that the teacher plays."""
     euler_steps: int = 16
     guidance: float = 2.0
     """By the caption, in the first units after it began."""
     guidance_later: float = 1.0
-    autoguidance: float = 1.75
+    autoguidance: float = 1.9
     """Away from the weaker teacher, in the others."""
     piece: int = 64
-    steps: int = 6000
+    steps: int = 4300
     batch: int = 16
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.99)
     schedule: Schedule = "cosine"
-    ema: float = 0.99
+    ema: float = 0.998
     first_weight: float = 3.0
     early_weight: float = 2.0
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from _cfrt import kernels
+from cfrt.engines import native
 from cfrt.errors import TrainingError
 from cfrt.nn.dit import CausalDiT
 
@@ -77,7 +77,7 @@ def device(name: str = "auto") -> torch.device:
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Has it products of bf16? On a CPU without them PyTorch emulates them, several times slower than fp32."""
-    return device.type != "cpu" or kernels.isa() == "avx512bf16"
+    return device.type != "cpu" or native.bf16_is_fast()
 
 
 def half(device: torch.device) -> torch.autocast:

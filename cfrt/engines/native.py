@@ -104,9 +104,7 @@ class NativeEngine:
         (measured on 2026-11-25): 3.6, 1.5, 1.0. By the card's own measures bf16 loses nothing to fp32, and int8 half a
         point of valid frames (benchmarks/results/quality.json), so int8 is for those who ask. Without BF16 products
         bf16 saves no time in the decoder, and fp32 is exact."""
-        with _as_engine_errors():  # of a level that this CPU lacks
-            fast = kernels.isa() == "avx512bf16"
-        return next((known for known in PRECISIONS if known == precision), "bf16" if fast else "fp32")
+        return next((known for known in PRECISIONS if known == precision), "bf16" if bf16_is_fast() else "fp32")
 
     def set_text(self, unit_context: np.ndarray) -> None:
         with _as_engine_errors():
@@ -189,6 +187,12 @@ class NativeEngine:
 
     def close(self) -> None:
         self.__dict__.clear()
+
+
+def bf16_is_fast() -> bool:
+    """Has this processor products of bf16? EngineError where it lacks what it was told to use."""
+    with _as_engine_errors():
+        return kernels.isa() == "avx512bf16"
 
 
 def physical_cores() -> int:

@@ -13,7 +13,8 @@ Kinds: `speedup` (time of `peer` over time of `engine`, `bench_cpu`'s workloads)
 PyTorch's fused attention), `sub_frame` (latency p95 x fps) and `real_time` (unit p95 / unit duration), the last two of
 the embedded student through `cfrt.Stream` at its own 16 fps. `engine` is native, or onnx on the student as a bundle,
 exported for the occasion. `gpu_attention` and `gpu_stream` (benchmarks/gpu_gate.py) run where there is a GPU; elsewhere
-a line says that they did not, and with CFRT_GPU=1 that is a failure.
+a line says that they did not, and with CFRT_GPU=1 that is a failure. So does a line for what `needs` instructions that
+the processor lacks.
 """
 
 import argparse
@@ -53,6 +54,8 @@ class Gate:
     precision: str = ""
     peer: str = "torch"
     engine: str = "native"
+    needs: str = ""
+    """An instruction set without which the ratio says nothing: PyTorch emulates bf16 there, and so do we."""
 
     def __post_init__(self) -> None:
         if (self.least is None) == (self.most is None):
@@ -235,6 +238,12 @@ def _gpu_stream(gates: Sequence[Gate]) -> dict[str, float]:
     return gpu_gate.stream(gates)
 
 
+def instructions() -> Sequence[str]:
+    """Of those that a gate may need, what this processor has."""
+    isa: list[str] = machine.machine()["isa"]
+    return isa
+
+
 def gpu_refusal() -> str | None:
     from . import gpu_gate
 
@@ -267,13 +276,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no gate's name holds {options.only!r}")
     no_gpu = gpu_refusal() if any(gate.on_gpu for gate in chosen) else None
-    here = [gate for gate in chosen if no_gpu is None or not gate.on_gpu]
+    lacking = [gate for gate in chosen if gate.needs and gate.needs not in instructions()]
+    here = [gate for gate in chosen if gate not in lacking and (no_gpu is None or not gate.on_gpu)]
     verdicts = judge(here, measure, repeats, read_history())
     said = sys.stderr if options.json == "-" else sys.stdout
     for verdict in verdicts:
         print(verdict, file=said)
+    for gate in lacking:
+        print(f"not run: {gate.name}: it wants {gate.needs}, which this processor lacks", file=said)
     if no_gpu is not None:
-        print(f"not run: {len(chosen) - len(here)} gates that want a GPU: {no_gpu}", file=said)
+        print(f"not run: {sum(gate.on_gpu for gate in chosen)} gates that want a GPU: {no_gpu}", file=said)
     if options.json:
         _write(verdicts, no_gpu, options.json)
     if options.record:

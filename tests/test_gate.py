@@ -123,10 +123,32 @@ def test_where_there_is_no_gpu_a_line_says_which_gates_did_not_run(
     assert {"gpu_attention", "gpu_stream"} <= set(asked)
 
 
+def test_a_processor_without_bf16_is_asked_for_fp32_alone(
+    gate: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And told so, gate by gate."""
+    asked: list[str] = []
+
+    def measure(gates: Sequence[object]) -> Mapping[str, float]:
+        asked.extend(g.precision for g in gates)  # type: ignore[attr-defined]
+        return {g.name: 100.0 if g.least else 0.0 for g in gates}  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(gate, "measure", measure)
+    monkeypatch.setattr(gate, "gpu_refusal", lambda: "none")
+    monkeypatch.setattr(gate, "instructions", lambda: ("avx2",))
+    monkeypatch.delenv("CFRT_GPU", raising=False)
+    assert gate.main([]) == 0
+    assert set(asked) == {"fp32", ""}
+    said = capsys.readouterr().out
+    assert "not run: S/64, bf16: native over torch: it wants avx512_bf16, which this processor lacks" in said
+    assert "not run: S/64, int8: native over ONNX Runtime: it wants avx512_vnni" in said
+
+
 def test_the_command_fails_where_a_gate_does(
     gate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gates, _ = gate.load()
+    monkeypatch.setattr(gate, "instructions", lambda: ("avx512_bf16", "avx512_vnni"))
     good = {g.name: 2 * g.least if g.least is not None else g.most / 2 for g in gates}
     monkeypatch.setattr(gate, "gpu_refusal", lambda: None)
     monkeypatch.setattr(gate, "measure", always(**good))

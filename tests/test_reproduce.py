@@ -157,6 +157,7 @@ def test_a_failed_cell_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["init"] for row in json.loads((tmp_path / "reproduce.json").read_text())] == ["causal-cd"]
 
 
+@pytest.mark.slow
 def test_processes_share_a_run(tmp_path: Path) -> None:
     """Four cells of one student in two processes: it is trained once, and every cell gets its row."""
     arguments = ["--smoke", "--out", str(tmp_path), "--seeds", "1", "--inits", "causal-cd", "--steps", "2", "4"]

@@ -58,6 +58,7 @@ def test_memory(address: Run, part: str) -> None:
     assert (done.returncode, done.stdout) == (0, f"{part}: done\n"), done.stderr
 
 
+@pytest.mark.slow  # another build of everything: `make test-all`
 def test_threads(thread: Run) -> None:
     done = thread("streams")
     assert (done.returncode, done.stdout) == (0, "streams: done\n"), done.stderr
@@ -77,6 +78,7 @@ def test_a_wrong_access_is_caught(address: Run, mutant: str, report: str) -> Non
     assert report in done.stderr
 
 
+@pytest.mark.slow
 def test_a_race_is_caught(thread: Run) -> None:
     done = thread("mutant-race")
     assert done.returncode != 0, done.stdout

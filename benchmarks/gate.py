@@ -13,8 +13,8 @@ Kinds: `speedup` (time of `peer` over time of `engine`, `bench_cpu`'s workloads)
 PyTorch's fused attention), `sub_frame` (latency p95 x fps) and `real_time` (unit p95 / unit duration), the last two of
 the embedded student through `cfrt.Stream` at its own 16 fps. `engine` is native, or onnx on the student as a bundle,
 exported for the occasion. `gpu_attention` and `gpu_stream` (benchmarks/gpu_gate.py) run where there is a GPU; elsewhere
-a line says that they did not, and with CFRT_GPU=1 that is a failure. So does a line for what `needs` instructions that
-the processor lacks.
+a line says that they did not, and with CFRT_GPU=1 that is a failure. A gate that `needs` instructions which the
+processor lacks does not run either, and a line says so.
 """
 
 import argparse

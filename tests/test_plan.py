@@ -164,3 +164,13 @@ def test_a_measured_speed_is_one_of_this_machine() -> None:
 )
 def test_short_numbers(x: float, text: str) -> None:
     assert plan.short(x, "B") == text
+
+
+def test_a_rollout_by_phases_is_differentiated_whole() -> None:
+    """No random exit: every pass of a unit is learnt from, and none comes before."""
+    model = replace(_model(), solver="euler", steps=(1.0, 0.5), first_steps=None)
+    config = dmd.Config(critic_updates=2, guidance=1.0)
+    work = plan.of_dmd(config, model, model, model, 4)
+    passes, whole = plan.unit_passes(model, 4), plan.whole_clip(model, 4)
+    assert work.learning == pytest.approx(2 * sum(passes) + plan.text(model, 2 * model.text.length) + 2 * whole)
+    assert work.asking == pytest.approx(sum(passes[:-1]) + 2 * whole)

@@ -34,7 +34,7 @@ class Config:
     guessed: float = 0.75
     """Share of clips that are the student's guess; the others are the encoder's own."""
     top: float = 0.5
-    """Noisiest copy that is guessed from; the student's last pass starts at 0.35."""
+    """Noisiest copy that is guessed from; the student's last step starts there."""
     latent_noise: float = 0.05
     object_weight: float = 5.0
     motion_weight: float = 2.0

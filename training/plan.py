@@ -186,15 +186,18 @@ def of_cd(config: cd.Config, model: ModelConfig, frames: int) -> Work:
 
 def of_dmd(config: dmd.Config, model: ModelConfig, real: ModelConfig, fake: ModelConfig, frames: int) -> Work:
     passes = unit_passes(model, frames)
-    earlier = [(len(model.unit_steps(unit)) - 1) / 2 for unit in range(len(passes))]  # mean exit
+    steps = [len(model.unit_steps(unit)) for unit in range(len(passes))]
+    exits = model.solver == "renoise"  # else every pass carries the gradient, and none comes before it
+    carrying = [1 if exits else count for count in steps]
+    earlier = [(count - 1) / 2 if exits else 0 for count in steps]  # mean exit
     before = sum(e * p for e, p in zip(earlier, passes, strict=True)) + sum(passes[:-1])  # and the clean passes
-    last = sum(passes) + text(model, CAPTIONS * model.text.length)
+    last = sum(c * p for c, p in zip(carrying, passes, strict=True)) + text(model, CAPTIONS * model.text.length)
     fresh = config.critic_updates * (before + last) if config.fresh_rollouts else 0.0
     critic = whole_clip(fake, frames)
     seen = [_seen(model, unit) for unit in range(len(passes))]
-    rollout = Graph(
-        model=model, frames=frames, calls=len(passes), past=sum(seen) - frames, shared_past=frames - model.unit
-    )
+    calls = sum(carrying)
+    past = sum(c * s for c, s in zip(carrying, seen, strict=True)) - calls * model.unit
+    rollout = Graph(model=model, frames=calls * model.unit, calls=calls, past=past, shared_past=frames - model.unit)
     return Work(
         config=config,
         trained={"student": model, "fake": fake},

@@ -100,10 +100,10 @@ class NativeEngine:
     def _resolved(precision: str) -> Precision:
         """What "auto" means: the fastest precision that costs no quality that can be measured.
 
-        The embedded student, one thread of an AMD EPYC with BF16, fused, decode included, ms a unit in fp32, bf16, int8
-        (measured on 2026-11-25): 3.6, 1.5, 1.0. By the card's own measures bf16 loses nothing to fp32, and int8 half a
-        point of valid frames (benchmarks/results/quality.json), so int8 is for those who ask. Without BF16 products
-        bf16 saves no time in the decoder, and fp32 is exact."""
+        The embedded student of two steps, one thread of an AMD EPYC with BF16, fused, decode included, ms a unit in
+        fp32, bf16, int8 (measured on 2026-11-25): 3.6, 1.5, 1.0. By the card's own measures bf16 lost nothing to fp32
+        there, and int8 half a point of valid frames (benchmarks/results/quality.json), so int8 is for those who ask.
+        Without BF16 products bf16 saves no time in the decoder, and fp32 is exact."""
         return next((known for known in PRECISIONS if known == precision), "bf16" if bf16_is_fast() else "fp32")
 
     def set_text(self, unit_context: np.ndarray) -> None:

@@ -118,10 +118,45 @@ def test_the_loss_is_zero_where_every_step_is_the_teachers(model: ModelConfig) -
     assert phases.Stage(CONFIG, model, pairs, random_network(model)).loss(micro)[0] > 0.1
 
 
+def test_a_first_unit_alone_is_what_it_is_in_its_clip(model: ModelConfig) -> None:
+    """So its further examples may leave out the rest."""
+    teacher, student = random_network(model).eval(), random_network(model, seed=9)
+    pairs = CONFIG.pairs_of(teacher, teacher, model, _batch(model, prompts()), torch.Generator().manual_seed(1))
+    stage = phases.Stage(CONFIG, model, pairs, student)
+    start, end = stage._steps(UNITS, len(pairs.end), torch.Generator().manual_seed(4))
+    whole = stage._error(student.teacher_forced, pairs, start, end)
+    alone = stage._error(student.bidirectional, pairs.opening(model.unit), start[:, :1], end[:, :1])
+    torch.testing.assert_close(alone, whole[:, :1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_step_and_the_first_unit_weigh_as_their_settings_say(model: ModelConfig) -> None:
+    teacher = straight(model)
+    pairs = CONFIG.pairs_of(teacher, teacher, model, _batch(model, prompts()), torch.Generator().manual_seed(1))
+    far = straight(model, 3.0)  # off by 2 everywhere
+
+    def weighed(**settings: float) -> torch.Tensor:
+        stage = phases.Stage(replace(CONFIG, **settings), model, pairs, far)
+        start, end = stage._steps(UNITS, len(pairs.end), torch.Generator().manual_seed(4))
+        error = stage._error(far.teacher_forced, pairs, start, end)
+        last = end == stage.levels.argmin()
+        assert 0 < last.sum() < last.numel()
+        torch.testing.assert_close(error[~last], torch.full_like(error[~last], 4.0))
+        return error[last]
+
+    torch.testing.assert_close(weighed(last_weight=3.0), 3 * weighed(last_weight=1.0))
+    even = {"last_weight": 1.0, "early_weight": 1.0}
+    for starts in (0, 5):
+        stage = phases.Stage(replace(CONFIG, first_weight=4.0, starts=starts, **even), model, pairs, far)
+        loss, report = stage.loss(loop.micro_batch(0, 0, 0))
+        torch.testing.assert_close(loss, torch.tensor(4.0))  # weights are of mean 1, and all errors alike
+        torch.testing.assert_close(report["first"], torch.tensor(4.0))
+
+
 def test_every_unit_takes_steps_of_its_own_list(model: ModelConfig) -> None:
     stage = phases.Stage(CONFIG, model, None, random_network(model))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    start, end = (torch.cat(rows) for rows in zip(*(stage._steps(UNITS, generator) for _ in range(50)), strict=True))
+    drawn = [stage._steps(UNITS, CONFIG.batch, generator) for _ in range(50)]
+    start, end = (torch.cat(rows) for rows in zip(*drawn, strict=True))
     first = {(a, b) for a, b in zip(start[:, 0].tolist(), end[:, 0].tolist(), strict=True)}
     later = {(a, b) for a, b in zip(start[:, 1:].flatten().tolist(), end[:, 1:].flatten().tolist(), strict=True)}
     assert first == {(0, 1), (1, 2), (2, 3), (3, 4)}

@@ -85,6 +85,11 @@ class Pairs(Prompts):
     def _of_clips(self) -> tuple[str, ...]:
         return ("captions", "caption", "states", "end", "clean")
 
+    def opening(self, frames: int) -> Pairs:
+        """The first latent frames alone."""
+        cut = {name: getattr(self, name)[:, :frames] for name in ("caption", "end", "clean")}
+        return replace(self, states=self.states[:, :, :frames], **cut)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps."""
         null = {} if self.null is None else {"null": self.null}

@@ -1,7 +1,7 @@
 """Which optimiser moves which weight.
 
-From scratch: Muon on the matrices of the blocks (it holds 2e-3 untuned), AdamW on everything else. Distillation, and
-whatever starts from published weights: AdamW."""
+Teachers, and students by phases: Muon on the matrices of the blocks (it holds 2e-3 untuned), AdamW on everything else.
+Other distillation, and whatever starts from published weights: AdamW."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ def adam(
     network: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float = 0.01
 ) -> dict[str, torch.optim.Optimizer]:
     return {"adam": torch.optim.AdamW(network.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)}
+
+
+MAKERS = {"muon": muon_and_adam, "adam": adam}
 
 
 class StackedMuon(torch.optim.Muon):

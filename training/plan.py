@@ -135,12 +135,16 @@ def of_bidirectional(config: bidirectional.Config, model: ModelConfig, frames: i
     )
 
 
+def of_start(model: ModelConfig) -> float:
+    """FLOP of a first unit by itself."""
+    return forward(model, model.unit, model.unit**2, model.text.length) + text(model, model.text.length)
+
+
 def of_teacher(config: teacher.Config, model: ModelConfig, frames: int) -> Work:
-    start = forward(model, model.unit, model.unit**2, model.text.length) + text(model, model.text.length)
     return Work(
         config=config,
         trained={"student": model},
-        learning=teacher_forced(model, frames) + start * config.starts / config.batch,
+        learning=teacher_forced(model, frames) + of_start(model) * config.starts / config.batch,
         asking=config.resampled * teacher_forced(model, frames),
         graphs=[Graph(model=model, frames=2 * frames)],
         muon=config.optimiser == "muon",
@@ -166,9 +170,10 @@ def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
         config=config,
         trained={"student": model},
         constant={"teacher": model, "weak": model},
-        learning=teacher_forced(model, frames),
+        learning=teacher_forced(model, frames) + of_start(model) * config.starts / config.batch,
         asking=pairs,
         graphs=[graph],
+        muon=config.optimiser == "muon",
     )
 
 

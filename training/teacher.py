@@ -18,7 +18,7 @@ from cfrt.config import ModelConfig
 from training.data import Batch, DataSet
 from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
 from training.network import Network, Velocity, broadcast, noise_like, resampled, unit_weights
-from training.optimisers import adam, muon_and_adam
+from training.optimisers import MAKERS
 
 ELSEWHERE = 2**20  # batches ahead: where the further first units come from
 
@@ -69,8 +69,7 @@ class Stage:
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
 
     def optimisers(self) -> dict[str, Optimisers]:
-        make = {"muon": muon_and_adam, "adam": adam}[self.config.optimiser]
-        return {"student": make(self.student, self.config.lr, self.config.betas)}
+        return {"student": MAKERS[self.config.optimiser](self.student, self.config.lr, self.config.betas)}
 
     def step(self, index: int) -> Iterator[Update]:
         yield Update("student", self.config.lr * SCHEDULES[self.config.schedule](index, self.steps), self.loss)

@@ -87,11 +87,25 @@ def test_autoguidance_takes_off_an_error_that_both_make(model: ModelConfig) -> N
         torch.testing.assert_close(v, torch.ones_like(v), atol=1e-5, rtol=0)
 
 
+def test_it_is_led_where_there_is_noise_enough(model: ModelConfig) -> None:
+    strong, weak, x = random_network(model).eval(), random_network(model, seed=9).eval(), noise(model)
+    asked = replace(prompts(), caption=torch.zeros_like(prompts().caption))
+    scales = {"guidance": 2.0, "later": 1.0, "autoguidance": 2.0}
+    everywhere = said(rollout.Led(strong, weak, model, asked, **scales), x, UNITS)
+    above, below = (said(rollout.Led(strong, weak, model, asked, **scales, above=s), x, UNITS) for s in (0.69, 0.7))
+    plain = said(rollout.Player(strong, model, asked), x, UNITS)
+    for unit in range(UNITS):
+        assert torch.equal(above[unit], everywhere[unit])
+        assert torch.allclose(below[unit], everywhere[unit] if unit < 4 else plain[unit], atol=1e-6)
+    assert not torch.allclose(everywhere[-1], plain[-1], atol=1e-3)
+
+
 def test_a_teacher_that_is_not_led_asks_nobody_else(model: ModelConfig) -> None:
     strong, asked, x = random_network(model).eval(), prompts(), noise(model)
     led = rollout.Led(strong, strong, model, asked, guidance=1.0, later=1.0, autoguidance=1.0)
     led.others = ()  # type: ignore[assignment]
     led.scales = ()  # type: ignore[assignment]
+    led.above = ()  # type: ignore[assignment]
     for found, expected in zip(said(led, x, 3), said(rollout.Player(strong, model, asked), x, 3), strict=True):
         assert torch.equal(found, expected)
 

@@ -35,8 +35,10 @@ class Config:
     guidance: float = 2.0
     """By the caption, in the first units after it began."""
     guidance_later: float = 1.0
-    autoguidance: float = 1.9
-    """Away from the weaker teacher, in the others."""
+    autoguidance: float = 2.1
+    """Away from the weaker teacher, in the others, ..."""
+    autoguidance_above: float = 0.5
+    """... at noise levels s above this one."""
     piece: int = 64
     steps: int = 16_000
     batch: int = 16
@@ -64,8 +66,16 @@ class Config:
 
     def led(self, teacher: Network, weak: Network, model: ModelConfig, prompts: Prompts) -> rollout.Led:
         """The teacher under these prompts."""
-        scales = {"guidance": self.guidance, "later": self.guidance_later, "autoguidance": self.autoguidance}
-        return rollout.Led(teacher, weak, model, prompts.to(teacher.device), **scales)
+        return rollout.Led(
+            teacher,
+            weak,
+            model,
+            prompts.to(teacher.device),
+            guidance=self.guidance,
+            later=self.guidance_later,
+            autoguidance=self.autoguidance,
+            above=self.autoguidance_above,
+        )
 
     def pairs_of(
         self, teacher: Network, weak: Network, model: ModelConfig, batch: Batch, generator: torch.Generator

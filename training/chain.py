@@ -209,10 +209,15 @@ def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     config, model, device = recipe.phases, recipe.model, parallel.device(recipe.run.device)
     strong, weak = (frozen(trained_network(recipe, out, name).to(device)) for name in ("teacher_long", "teacher"))
-    make, kept = partial(config.pairs_of, strong, weak, model), config.trajectories(model)
-    ode.write(out / "pairs", kept, _clips(recipe, out, long=True), make, recipe.seed)
+    clips, found = _clips(recipe, out, long=True), list[ode.Pairs]()
+    for name, kept, make in (
+        ("pairs", config.trajectories(model), config.pairs_of),
+        ("openings", config.first_trajectories(model), config.openings_of),
+    ):
+        ode.write(out / name, kept, clips, partial(make, strong, weak, model), recipe.seed)
+        found.append(ode.read(out / name, kept))
     start = trained_network(recipe, out, "teacher_long")
-    return _averaged(phases.Stage(config, model, ode.read(out / "pairs", kept), start), config.ema)
+    return _averaged(phases.Stage(config, model, *found, start), config.ema)
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:

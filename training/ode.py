@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -72,23 +73,18 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs(Prompts):
-    """Trajectories of a teacher. `batch` walks through them as a data set does."""
+    """Trajectories of a teacher. Some of them are fp32, whatever all are kept in."""
 
     states: Tensor  # [B, S, n, C, h, w] on the way, at the levels asked for
     end: Tensor  # [B, n, C, h, w] the teacher's end point
     clean: Tensor  # [B, n, C, h, w] the real clip that was its past; the end point itself where it had none
 
     def __getitem__(self, clips: Tensor) -> Pairs:
-        return replace(self, **{name: getattr(self, name)[clips] for name in self._of_clips})
+        return replace(self, **{name: _full(getattr(self, name)[clips]) for name in self._of_clips})
 
     @property
     def _of_clips(self) -> tuple[str, ...]:
         return ("captions", "caption", "states", "end", "clean")
-
-    def opening(self, frames: int) -> Pairs:
-        """The first latent frames alone."""
-        cut = {name: getattr(self, name)[:, :frames] for name in ("caption", "end", "clean")}
-        return replace(self, states=self.states[:, :, :frames], **cut)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps."""
@@ -221,12 +217,16 @@ class Stored:
     def _one(self, piece: int, row: int) -> Pairs:
         with safe_open(self.files[piece], "pt") as file:
             found = {n: file.get_tensor(n) if n == "null" else file.get_slice(n)[row : row + 1] for n in file.keys()}  # noqa: SIM118
-        return Pairs(**{name: x.float() if x.is_floating_point() else x for name, x in found.items()})
+        return Pairs(**{name: _full(x) for name, x in found.items()})
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
 
 
 def read(folder: Path, config: Config) -> Pairs:
-    """All of them, in memory."""
-    return Stored(folder, config)[torch.arange(config.pairs)]
+    """All of them, in memory, as they are kept."""
+    return Pairs.cat([Pairs(**load_file(path)) for path in Stored(folder, config).files])
 
 
 # --------------------------------------------------------------------------------------------------------- regression

@@ -12,7 +12,7 @@ Shapes: B clips, S stored states, n latent frames, F frames a unit."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,8 +29,10 @@ from training.optimisers import MAKERS
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    pairs: int = 8192
-    """Clips that the teacher plays."""
+    pairs: int = 20_480
+    """Clips that the teacher plays. Seen a dozen times each they are learnt by heart."""
+    openings: int = 32_768
+    """First units that it plays beside them, each of a thirtieth of a clip's work."""
     euler_steps: int = 16
     guidance: float = 2.0
     """By the caption, in the first units after it began."""
@@ -58,11 +60,15 @@ class Config:
     step of it would come up seldom."""
 
     def trajectories(self, model: ModelConfig) -> ode.Config:
-        """How they are stored: the states at which any unit's step begins."""
+        """How clips are stored: the states at which any unit's step begins."""
         levels = sorted({*model.unit_steps(0), *model.unit_steps(1)}, reverse=True)
         return ode.Config(
             pairs=self.pairs, euler_steps=self.euler_steps, levels=tuple(levels), piece=self.piece, half=True
         )
+
+    def first_trajectories(self, model: ModelConfig) -> ode.Config:
+        """How openings are stored."""
+        return replace(self.trajectories(model), pairs=self.openings, piece=8 * self.piece)
 
     def led(self, teacher: Network, weak: Network, model: ModelConfig, prompts: Prompts) -> rollout.Led:
         """The teacher under these prompts."""
@@ -83,12 +89,26 @@ class Config:
         """The teacher's clips under the batch's prompts."""
         return ode.led_pairs(self.led(teacher, weak, model, batch), self.trajectories(model), generator)
 
+    def openings_of(
+        self, teacher: Network, weak: Network, model: ModelConfig, batch: Batch, generator: torch.Generator
+    ) -> ode.Pairs:
+        """The first units of such clips."""
+        first = Prompts(captions=batch.captions[:, :1], caption=batch.caption[:, : model.unit], null=batch.null)
+        return ode.led_pairs(self.led(teacher, weak, model, first), self.first_trajectories(model), generator)
+
 
 class Stage:
     name = "phases"
 
-    def __init__(self, config: Config, model: ModelConfig, pairs: ode.Trajectories, start: Network) -> None:
-        self.config, self.model, self.pairs, self.steps = config, model, pairs, config.steps
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        pairs: ode.Trajectories,
+        openings: ode.Trajectories,
+        start: Network,
+    ) -> None:
+        self.config, self.model, self.pairs, self.openings, self.steps = config, model, pairs, openings, config.steps
         self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
         stored = config.trajectories(model).levels
@@ -105,7 +125,7 @@ class Stage:
 
     def loss(self, micro: Micro) -> tuple[Tensor, Report]:
         config, unit, generator = self.config, self.model.unit, micro.generator
-        pairs = self._drawn(config.batch, generator)
+        pairs = self._drawn(self.pairs, config.batch, generator)
         steps = self._steps(pairs.end.shape[1], config.batch, generator)
         error = self._error(self.student.teacher_forced, pairs, *steps).mean(0)  # [n]
         first = error[:unit].mean()
@@ -115,15 +135,15 @@ class Stage:
         loss = ((error * weights)[unit:].sum() + first * weights[:unit].sum()) / len(error)
         return loss, {"loss": error.mean(), "first": first}
 
-    def _drawn(self, clips: int, generator: torch.Generator) -> ode.Pairs:
-        return self.pairs[torch.randint(len(self.pairs), (clips,), generator=generator)].to(self.student.device)
+    def _drawn(self, pairs: ode.Trajectories, clips: int, generator: torch.Generator) -> ode.Pairs:
+        return pairs[torch.randint(len(pairs), (clips,), generator=generator)].to(self.student.device)
 
     def _starts(self, generator: torch.Generator) -> Tensor:
         """Mean error on further first units. One sees only itself: the bidirectional forward is the teacher-forced
         one."""
-        opening = self._drawn(self.config.starts, generator).opening(self.model.unit)
+        pairs = self._drawn(self.openings, self.config.starts, generator)
         steps = self._steps(self.model.unit, self.config.starts, generator)
-        return self._error(self.student.bidirectional, opening, *steps).mean()
+        return self._error(self.student.bidirectional, pairs, *steps).mean()
 
     def _error(self, velocity: Velocity, pairs: ode.Pairs, start: Tensor, end: Tensor) -> Tensor:
         """Squared error of what is said of a step to what it has to be, [B, n], weighted by where it ends."""

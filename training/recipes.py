@@ -72,7 +72,7 @@ def tiny_gpu() -> Recipe:
         score=bidirectional.Config(steps=2000, batch=512, shift=5.0, first_weight=2.0, early_weight=2.0),
         long=data.Config(clips=150_000, units=16),
         teacher_long=teacher.Config(steps=7200, batch=256, ema=0.999, resampled=0.6, resampled_jumps=2, starts=512),
-        phases=phases.Config(pairs=25_600, piece=512, steps=10_000, batch=256, starts=512),
+        phases=phases.Config(pairs=102_400, openings=262_144, piece=512, steps=10_000, batch=256, starts=512),
         dmd=dmd.Config(
             steps=60,
             batch=512,
@@ -103,7 +103,7 @@ def smoke() -> Recipe:
         decoder=decoder.Config(steps=2, batch=2, units=4),
         long=data.Config(clips=16, units=12),
         teacher_long=teacher.Config(steps=4, batch=4, starts=8, resampled=0.5),
-        phases=phases.Config(pairs=8, piece=4, euler_steps=8, steps=6, batch=4, starts=8),
+        phases=phases.Config(pairs=8, openings=32, piece=4, euler_steps=8, steps=6, batch=4, starts=8),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2, long_units=17),
     )

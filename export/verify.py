@@ -50,9 +50,10 @@ EXACT = 1e-4
 SCALARS = 1e-2
 """The same of pixels from Wan's decoder or TAEHV in half precision, in which PyTorch's exporter rounds scalars too;
 measured: 2e-3."""
-ROUNDING = {"fp32": EXACT, "bf16": 0.1, "fp16": 0.05, "fp8": 0.2, "int8": 0.2}
-"""Relative error of the velocity that rounding the weights (in 8 bits the inputs too) may cause; measured on the
-embedded student: see its manifest."""
+ROUNDING = {"fp32": EXACT, "bf16": 0.1, "fp16": 0.05, "fp8": 0.4, "int8": 0.4}
+"""Relative error of the velocity that rounding the weights (in 8 bits the inputs too) may cause. It finds wrong scales,
+which make it 1 or so, and says nothing of quality (`python -m training quality` does): what a network says of a past of
+noise is small and steep. Two embedded students that lost as little as each other in 8 bits had 0.12 and 0.25."""
 SMALL = 300_000_000
 """Parameters below which a model is verified in full."""
 DECODED = 4

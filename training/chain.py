@@ -209,15 +209,16 @@ def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     config, model, device = recipe.phases, recipe.model, parallel.device(recipe.run.device)
     strong, weak = (frozen(trained_network(recipe, out, name).to(device)) for name in ("teacher_long", "teacher"))
-    clips, found = _clips(recipe, out, long=True), list[ode.Pairs]()
-    for name, kept, make in (
-        ("pairs", config.trajectories(model), config.pairs_of),
-        ("openings", config.first_trajectories(model), config.openings_of),
-    ):
+    clips = _clips(recipe, out, long=True)
+
+    def played(name: str, kept: ode.Config, make: phases.Maker) -> ode.Pairs:
         ode.write(out / name, kept, clips, partial(make, strong, weak, model), recipe.seed)
-        found.append(ode.read(out / name, kept))
+        return ode.read(out / name, kept)
+
+    pairs = played("pairs", config.trajectories(model), config.pairs_of)
+    openings = played("openings", config.first_trajectories(model), config.openings_of)
     start = trained_network(recipe, out, "teacher_long")
-    return _averaged(phases.Stage(config, model, *found, start), config.ema)
+    return _averaged(phases.Stage(config, model, pairs, openings, start), config.ema)
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:

@@ -11,7 +11,7 @@ Shapes: B clips, S stored states, n latent frames, F frames a unit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +95,10 @@ class Config:
         """The first units of such clips."""
         first = Prompts(captions=batch.captions[:, :1], caption=batch.caption[:, : model.unit], null=batch.null)
         return ode.led_pairs(self.led(teacher, weak, model, first), self.first_trajectories(model), generator)
+
+
+Maker = Callable[[Network, Network, ModelConfig, Batch, torch.Generator], ode.Pairs]
+"""Of pairs: (teacher, weak, model, batch, generator)."""
 
 
 class Stage:

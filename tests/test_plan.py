@@ -166,6 +166,18 @@ def test_short_numbers(x: float, text: str) -> None:
     assert plan.short(x, "B") == text
 
 
+def test_pairs_in_memory_are_counted() -> None:
+    """Byte for byte: states, end and past of clips and openings, in fp16."""
+    recipe = recipes.smoke()
+    config, model, units = recipe.phases, recipe.model, recipe.long.units
+    clip = (8 + 1 + 1) * model.latent_channels * 4 * 4 * 2
+    planned = next(
+        stage for stage in plan.of_recipe(recipe, plan.Speed(flops=1e9, source="")) if stage.name == "phases"
+    )
+    assert planned.memory["data"] == clip * (config.pairs * units + config.openings)
+    assert planned.total > planned.memory["data"] > 0
+
+
 def test_a_rollout_by_phases_is_differentiated_whole() -> None:
     """No random exit: every pass of a unit is learnt from, and none comes before."""
     model = replace(_model(), solver="euler", steps=(1.0, 0.5), first_steps=None)

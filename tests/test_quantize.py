@@ -33,7 +33,18 @@ from export.calibrate import Calibration, find
 from export.engine_checks import check, quantised_products
 from export.engine_report import read
 from export.onnx import Options, main
-from export.quantize import FORMATS, MEAN, inverse_factors, kept, kept_share, quantise, rows, value_scales, values
+from export.quantize import (
+    FORMATS,
+    MEAN,
+    OUTPUT,
+    inverse_factors,
+    kept,
+    kept_share,
+    quantise,
+    rows,
+    value_scales,
+    values,
+)
 from export.segments import layout
 from export.sources import Source
 
@@ -173,6 +184,17 @@ def test_a_graph_of_8_bits_says_what_pytorch_says(sources: dict[str, Source], ch
     assert errors["ring"] < 1e-5
     assert errors["text"] < 1e-5
     assert 1e-3 < errors["rounding"] < verify.ROUNDING[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scales_that_are_far_too_small_cost_more_than_an_export_may(sources: dict[str, Source], precision: str) -> None:
+    """Eight times: what is cut off then is most of an input."""
+    good = sources[precision]
+    ranges = {name: x if name.endswith((MEAN, OUTPUT)) else x / np.float32(8) for name, x in good.ranges.items()}
+    bad, segments = replace(good, ranges=ranges), layout(CONFIG, precision, "tiny")
+    errors = verify.compare(bad, segments, {s.name: build(s, bad, precision) for s in segments}, precision, 6)
+    assert errors["velocity"] < 1e-5
+    assert errors["rounding"] > verify.ROUNDING[precision]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

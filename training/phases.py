@@ -32,7 +32,7 @@ class Config:
     pairs: int = 20_480
     """Clips that the teacher plays. Seen a dozen times each they are learnt by heart."""
     openings: int = 32_768
-    """First units that it plays beside them, each of a thirtieth of a clip's work."""
+    """First units that it plays beside them, a twentieth of a clip's work each."""
     euler_steps: int = 16
     guidance: float = 2.0
     """By the caption, in the first units after it began."""

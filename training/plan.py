@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -126,6 +127,8 @@ class Work:
     graphs: Sequence[Graph] = ()
     """Never kept at the same time."""
     muon: bool = False
+    data: float = 0.0
+    """Bytes of what is learnt from, where every process has it in memory."""
 
 
 def of_bidirectional(config: bidirectional.Config, model: ModelConfig, frames: int) -> Work:
@@ -164,16 +167,22 @@ def of_ode(config: ode.Config, model: ModelConfig, frames: int) -> Work:
 
 def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
     """Each unit of the teacher is asked twice: with its caption, and without it or of the weaker teacher."""
-    pairs = config.pairs * of_pairs(config.trajectories(model), model, frames) / (config.steps * config.batch)
+    kept = config.trajectories(model)
+    played = ((config.pairs, frames), (config.openings, model.unit))
+    asking = sum(clips * of_pairs(kept, model, length) for clips, length in played) / (config.steps * config.batch)
+    states = (len(kept.levels) + 2) * sum(
+        clips * length for clips, length in played
+    )  # the end and the past beside them
     graph = Graph(model=model, frames=2 * frames)
     return Work(
         config=config,
         trained={"student": model},
         constant={"teacher": model, "weak": model},
         learning=teacher_forced(model, frames) + of_start(model) * config.starts / config.batch,
-        asking=pairs,
+        asking=asking,
         graphs=[graph],
         muon=config.optimiser == "muon",
+        data=2.0 * states * model.latent_channels * prod(model.latent_grid),
     )
 
 
@@ -289,7 +298,7 @@ def stage(name: str, work: Work, run: loop.Config, processes: int, speed: Speed)
         "average": 4 * parameters(work.trained["student"]),
         "frozen": width * sum(parameters(model) for model in work.constant.values()),
     }
-    memory = {kind: size / processes for kind, size in memory.items()}
+    memory = {kind: size / processes for kind, size in memory.items()} | {"data": work.data}
     models = [m for m in [*work.trained.values(), *work.constant.values()] if isinstance(m, ModelConfig)]
     memory["gathered"] = 0.0 if processes == 1 else max(_gathered(model, width) for model in models)
     kept = {
@@ -389,7 +398,10 @@ def measured(model: ModelConfig, frames: int, seconds: float = 0.5) -> Speed:
 # ----------------------------------------------------------------------------------------------------------- as a page
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-KINDS = ("weights", "gradients", "moments", "average", "frozen", "gathered", "activations", "activations_recomputed")
+KINDS = (
+    *("weights", "gradients", "moments", "average", "frozen", "gathered", "data"),
+    *("activations", "activations_recomputed"),
+)
 
 
 def short(x: float, unit: str = "") -> str:

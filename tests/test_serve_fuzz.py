@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from serve_fixture import PATIENCE, PROMPT, Served, running
 
@@ -97,6 +97,7 @@ def test_patch(served: Served, name: str, wish: Any) -> None:
     path=st.sampled_from(["", "/recording", "/webrtc", "/branch", "/image"]),
     body=JSON,
 )
+@example(method="POST", path="", body="")
 def test_any_json_anywhere(served: Served, name: str, method: str, path: str, body: Any) -> None:
     where = "/streams" if method == "POST" and not path else f"/streams/{name}{path}"
     answer = served.http.request(method, where, content=encoded(body), headers={"Content-Type": "application/json"})

@@ -23,8 +23,9 @@ class Refusal(CfrtError):
 
 
 def clipped(value: Any) -> str:
-    """What came, as plain ASCII of bounded length: it goes into headers, logs and pages."""
-    text = value if isinstance(value, str) and value.isascii() and value.isprintable() else ascii(value)
+    """What came, as plain ASCII of bounded length: it goes into headers, logs and pages. Blank text is in quotes."""
+    plain = isinstance(value, str) and value.isascii() and value.isprintable() and value.strip()
+    text = value if plain else ascii(value)
     return text if len(text) <= LONGEST_ECHO else f"{text[:LONGEST_ECHO]}... ({len(text)} characters)"
 
 

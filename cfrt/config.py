@@ -371,7 +371,7 @@ def _tiny() -> ModelConfig:
         window=8,
         trained_frames=10,
         steps=_even(4),
-        first_steps=_even(8),
+        first_steps=_even(16),
         shift=3.0,
         solver="euler",  # one jump is too smooth a function: LOG.md has the numbers
         rope_theta=100.0,

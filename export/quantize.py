@@ -206,8 +206,11 @@ def inverse_factors(weight: np.ndarray, largest: np.ndarray) -> np.ndarray:
 
 
 def _scale(largest: np.ndarray, known: Format) -> np.ndarray:
-    """One that bf16 holds, and 1 for what is all zeros."""
+    """One that bf16 holds, and 1 for what is all zeros. Of a floating format a power of two: what it holds is then the
+    same under every scale, and a weight that has no more bits than that (training/rounded.py) is not rounded at all."""
     scale = np.where(largest == 0, 1, largest / known.largest)
+    if known.dtype != np.int8:
+        scale = np.exp2(np.ceil(np.log2(scale)))
     rounded: np.ndarray = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
     return rounded
 

@@ -170,7 +170,7 @@ def test_pairs_in_memory_are_counted() -> None:
     """Byte for byte: states, end and past of clips and openings, in fp16."""
     recipe = recipes.smoke()
     config, model, units = recipe.phases, recipe.model, recipe.long.units
-    clip = (8 + 1 + 1) * model.latent_channels * 4 * 4 * 2
+    clip = (16 + 1 + 1) * model.latent_channels * 4 * 4 * 2
     planned = next(
         stage for stage in plan.of_recipe(recipe, plan.Speed(flops=1e9, source="")) if stage.name == "phases"
     )

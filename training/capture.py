@@ -27,10 +27,15 @@ WARM_UP = 3
 class Capturable(Protocol):
     """A stage whose loss is the same kernels on every step, and draws from the micro-batch's generator alone."""
 
-    clips: DataSet
-
     @property
     def capturable(self) -> bool: ...
+
+
+@runtime_checkable
+class Fed(Capturable, Protocol):
+    """One that asks a data set for batches. Others draw theirs from what lies on the GPU."""
+
+    clips: DataSet
 
 
 class Feed:
@@ -68,8 +73,9 @@ class Captured:
     def __init__(self, stage: Capturable, network: nn.Module, compute: Callable[[], AbstractContextManager[object]]):
         self.network, self.compute = network, compute
         device = next(network.parameters()).device
-        self.generator, self.feed = torch.Generator(device), Feed(stage.clips, device)
-        stage.clips = self.feed
+        self.generator, self.feed = torch.Generator(device), None
+        if isinstance(stage, Fed):
+            stage.clips = self.feed = Feed(stage.clips, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss = torch.empty(())
         self.report: Report = {}
@@ -80,7 +86,7 @@ class Captured:
         until the next call."""
         if self.graph is None:
             self.graph = self._capture(loss, replace(micro, generator=self.generator))
-        self.feed.fill(micro.index)
+        self._fill(micro.index)
         self.generator.manual_seed(micro.generator.initial_seed())
         self.graph.replay()
         for parameter, gradient in self.gradients:  # an optimiser may have let go of them
@@ -88,7 +94,7 @@ class Captured:
         return self.loss, self.report
 
     def _capture(self, loss: Loss, micro: Micro) -> torch.cuda.CUDAGraph:
-        self.feed.fill(micro.index)
+        self._fill(micro.index)
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -100,6 +106,10 @@ class Captured:
             self._descend(loss, micro)
         self.gradients = [(parameter, parameter.grad) for parameter in self.network.parameters()]
         return graph
+
+    def _fill(self, index: int) -> None:
+        if self.feed is not None:
+            self.feed.fill(index)
 
     def _descend(self, loss: Loss, micro: Micro) -> None:
         self.network.zero_grad(set_to_none=True)

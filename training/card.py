@@ -33,7 +33,8 @@ COLUMNS = {
     "real": "real clips",
     "reconstruction": "through the autoencoder",
     "teacher": "AR teacher, {teacher_steps} guided steps",
-    "phases": "before DMD, {steps} steps",
+    "phases": "before its weights were rounded, {steps} steps",
+    "rounded": "before DMD, {steps} steps",
     "dmd": "after DMD, {steps} steps",
     "student": "**student, {steps} steps**",
 }
@@ -71,7 +72,7 @@ def collect(recipe: Recipe, out: Path) -> Results:
     columns = {"real": sources.real, "reconstruction": sources.reconstruction(autoencoder)}
     sampler = sources.teacher(teacher, model, chain.TEACHER_STEPS, chain.GUIDANCE)
     columns["teacher"] = sources.generated(autoencoder, sampler)
-    for stage in (name for name in ("phases", "dmd") if chain.finished(out / name)):
+    for stage in (name for name in ("phases", "rounded", "dmd") if chain.finished(out / name)):
         student = chain.trained_network(recipe, out, stage).eval().requires_grad_(False)
         column = sources.generated(autoencoder, sources.student(student, model))
         columns["student" if stage == recipe.ships else stage] = column

@@ -1,7 +1,7 @@
 """The chain of stages: autoencoder -> data -> bidirectional -> AR teacher -> score -> AR teacher again, on longer clips
--> distillation by phases -> decoder -> DMD -> student -> card. The score is the bidirectional network again, trained on
-from the AR teacher's weights, which know far better where a caption sends the object. What the AR teacher was before
-the longer clips is what it is led away from in distillation.
+-> distillation by phases -> the same, rounded -> decoder -> DMD -> student -> card. The score is the bidirectional
+network again, trained on from the AR teacher's weights, which know far better where a caption sends the object. What
+the AR teacher was before the longer clips is what it is led away from in distillation.
 
 Every stage is a folder with its config, its checkpoint, its statistics, its previews and, when it is done, its averaged
 weights (`average.safetensors`). Running the chain again goes on where it stopped; a finished stage is not run again."""
@@ -36,6 +36,7 @@ from training import (
     phases,
     preview,
     rollout,
+    rounded,
     teacher,
     worlds,
 )
@@ -45,7 +46,7 @@ from training.recipes import Recipe
 from training.shards import Shards, fingerprint
 
 TEACHERS = ("autoencoder", "bidirectional", "teacher", "score", "teacher_long")
-STAGES = (*TEACHERS, "phases", "decoder", "dmd")
+STAGES = (*TEACHERS, "phases", "rounded", "decoder", "dmd")
 BEGIN = {"bidirectional": "teacher"}
 """Stages that only begin another: where that one is finished nobody needs their weights."""
 PIXELS = ("decoder",)
@@ -68,6 +69,7 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
             "teacher_long": _teacher_long,
             "score": _score,
             "phases": _phases,
+            "rounded": _rounded,
             "decoder": _decoder,
             "dmd": _dmd,
         }[name]
@@ -84,7 +86,8 @@ def finished(folder: Path) -> bool:
 
 def weights(out: Path, stage: str) -> dict[str, Tensor]:
     """The averaged weights of a finished stage."""
-    return load_file(out / stage / "average.safetensors")
+    found = load_file(out / stage / "average.safetensors")
+    return rounded.shipped(found) if stage == "rounded" else found
 
 
 def trained_autoencoder(recipe: Recipe, out: Path) -> Autoencoder:
@@ -207,30 +210,40 @@ def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 
 def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    start = trained_network(recipe, out, "teacher_long")
+    return _averaged(phases.Stage(recipe.phases, recipe.model, *_played(recipe, out), start), recipe.phases.ema)
+
+
+def _rounded(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
+    start = trained_network(recipe, out, "phases")
+    stage = rounded.Stage(recipe.rounded, recipe.phases, recipe.model, *_played(recipe, out), start)
+    return _averaged(stage, recipe.rounded.ema)
+
+
+def _played(recipe: Recipe, out: Path) -> tuple[ode.Pairs, ode.Pairs]:
+    """What distillation by phases learns from: clips of the led teacher, and first units of others."""
     config, model, device = recipe.phases, recipe.model, parallel.device(recipe.run.device)
     strong, weak = (frozen(trained_network(recipe, out, name).to(device)) for name in ("teacher_long", "teacher"))
     clips = _clips(recipe, out, long=True)
 
-    def played(name: str, kept: ode.Config, make: phases.Maker) -> ode.Pairs:
-        ode.write(out / name, kept, clips, partial(make, strong, weak, model), recipe.seed)
-        return ode.read(out / name, kept)
+    def kept(name: str, trajectories: ode.Config, make: phases.Maker) -> ode.Pairs:
+        ode.write(out / name, trajectories, clips, partial(make, strong, weak, model), recipe.seed)
+        return ode.read(out / name, trajectories).to(device)
 
-    pairs = played("pairs", config.trajectories(model), config.pairs_of)
-    openings = played("openings", config.first_trajectories(model), config.openings_of)
-    start = trained_network(recipe, out, "teacher_long")
-    return _averaged(phases.Stage(config, model, pairs, openings, start), config.ema)
+    pairs = kept("pairs", config.trajectories(model), config.pairs_of)
+    return pairs, kept("openings", config.first_trajectories(model), config.openings_of)
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     causal = recipe.dmd.scores == "causal"
     score = trained_network(recipe, out, "teacher_long" if causal else "score")
-    student, prompts = trained_network(recipe, out, "phases"), _prompts(recipe, out, long=causal)
+    student, prompts = trained_network(recipe, out, "rounded"), _prompts(recipe, out, long=causal)
     longer = partial(restart, trained_autoencoder(recipe, out))
     return _averaged(dmd.Stage(recipe.dmd, recipe.model, prompts, student, score, restart=longer), recipe.dmd.ema)
 
 
 def _decoder(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    guesser, start = trained_network(recipe, out, "phases"), trained_autoencoder(recipe, out)
+    guesser, start = trained_network(recipe, out, "rounded"), trained_autoencoder(recipe, out)
     stage = decoder.Stage(recipe.decoder, recipe.model, recipe.data, start, guesser)
     return _averaged(stage, recipe.decoder.ema)
 

@@ -248,9 +248,9 @@ class Arguments:
     """Engine of the runtime."""
     run: Path | None = None
     """Folder of a training run, e.g. runs/tiny."""
-    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "led", "phases", "dmd"], ...] = (
+    stages: tuple[Literal["bidirectional", "teacher", "teacher_long", "led", "phases", "rounded", "dmd"], ...] = (
         "teacher_long",
-        "phases",
+        "rounded",
     )
     """Stages of the run to measure; `led`: the teacher as distillation by phases follows it."""
     tasks: tuple[Literal["start", "switch", "futures", "long"], ...] = ("start", "switch", "long")
@@ -290,7 +290,7 @@ def trained(run: Path, stages: Sequence[str]) -> tuple[dict[str, Source], TextCo
             raise ConfigError(
                 f"expected a finished stage in {run / stage}; run python -m training tiny --until {stage}"
             )
-    makers: dict[str, Callable[..., sources.Sampler]] = dict.fromkeys(("phases", "dmd"), sources.student)
+    makers: dict[str, Callable[..., sources.Sampler]] = dict.fromkeys(("phases", "rounded", "dmd"), sources.student)
     makers |= dict.fromkeys(("teacher", "teacher_long"), sources.teacher)
     makers |= {"bidirectional": sources.whole, "led": partial(sources.led, config=recipe.phases)}
     autoencoder, model = chain.shown(recipe, run), recipe.model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cfrt import flow
 from cfrt.config import ModelConfig
+from cfrt.nn.constants import kept
 from training import ode, rollout
 from training.data import Batch, Prompts
 from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
@@ -115,11 +116,12 @@ class Stage:
         self.config, self.model, self.pairs, self.openings, self.steps = config, model, pairs, openings, config.steps
         self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
-        stored = config.trajectories(model).levels
-        self.levels = torch.tensor((*flow.sigmas(stored, model.shift), 0.0))
-        self.ladders = [
-            torch.tensor([*map(stored.index, model.unit_steps(unit)), len(stored)]) for unit in (0, 1)
-        ]  # places among the levels, the end of the trajectory last
+        self.levels = config.trajectories(model).levels
+
+    @property
+    def capturable(self) -> bool:
+        """Whether nothing has to be fetched for a step."""
+        return all(isinstance(played, ode.Pairs) and played.end.is_cuda for played in (self.pairs, self.openings))
 
     def optimisers(self) -> dict[str, Optimisers]:
         return {"student": MAKERS[self.config.optimiser](self.student, self.config.lr, self.config.betas)}
@@ -140,7 +142,7 @@ class Stage:
         return loss, {"loss": error.mean(), "first": first}
 
     def _drawn(self, pairs: ode.Trajectories, clips: int, generator: torch.Generator) -> ode.Pairs:
-        return pairs[torch.randint(len(pairs), (clips,), generator=generator)].to(self.student.device)
+        return pairs[_integers(len(pairs), clips, generator)].to(self.student.device)
 
     def _starts(self, generator: torch.Generator) -> Tensor:
         """Mean error on further first units. One sees only itself: the bidirectional forward is the teacher-forced
@@ -152,9 +154,10 @@ class Stage:
     def _error(self, velocity: Velocity, pairs: ode.Pairs, start: Tensor, end: Tensor) -> Tensor:
         """Squared error of what is said of a step to what it has to be, [B, n], weighted by where it ends."""
         track = torch.cat([pairs.states, pairs.end[:, None]], 1)  # [B, S + 1, n, C, h, w]
-        clip, frame = torch.arange(len(start))[:, None], torch.arange(start.shape[1])[None]
-        x, goal = track[clip, start, frame], track[clip, end, frame]
-        s, e = (self.levels[places].to(x.device) for places in (start, end))
+        clip, frame = (torch.arange(count, device=track.device) for count in start.shape)
+        x, goal = (track[clip[:, None], places, frame] for places in (start, end))
+        sigmas = _sigmas(self.levels, self.model.shift, track.device)
+        s, e = sigmas[start], sigmas[end]
         said = velocity(x, s, Batch.of(pairs.clean, pairs))
         error = (said - (goal - x) / broadcast(e - s)).square().mean((2, 3, 4))
         return torch.where(e == 0, self.config.last_weight * error, error)
@@ -163,8 +166,25 @@ class Stage:
         """A step of its list for each unit of each clip: places of the levels from and to which it leads, [B, n]."""
         columns = []
         for unit in range(frames // self.model.unit):
-            ladder = self.ladders[min(unit, 1)]
-            rung = torch.randint(len(ladder) - 1, (clips,), generator=generator)
+            ladder = _ladder(self.levels, self.model.unit_steps(unit), generator.device)
+            rung = _integers(len(ladder) - 1, clips, generator)
             columns.append(torch.stack([ladder[rung], ladder[rung + 1]]))
         start, end = torch.stack(columns, -1).repeat_interleave(self.model.unit, -1)
         return start, end
+
+
+@kept(16)
+def _sigmas(levels: tuple[float, ...], shift: float, device: torch.device) -> Tensor:
+    """Noise levels s of stored states, and of the end of a trajectory after them."""
+    return torch.tensor([*flow.sigmas(levels, shift), 0.0], device=device)
+
+
+@kept(16)
+def _ladder(levels: tuple[float, ...], steps: tuple[float, ...], device: torch.device) -> Tensor:
+    """Places among them of a list's steps, the end last."""
+    return torch.tensor([*map(levels.index, steps), len(levels)], device=device)
+
+
+def _integers(below: int, count: int, generator: torch.Generator) -> Tensor:
+    """[count], each in [0, below), where the generator lives."""
+    return torch.randint(below, (count,), generator=generator, device=generator.device)

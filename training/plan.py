@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from cfrt.config import AutoencoderConfig, ModelConfig
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.nn.dit import CausalDiT
-from training import autoencoder, bidirectional, cd, decoder, dmd, loop, ode, phases, recipes, teacher, worlds
+from training import autoencoder, bidirectional, cd, decoder, dmd, loop, ode, phases, recipes, rounded, teacher, worlds
 
 CAPTIONS = 2  # of a clip
 BACKWARD = 2  # forwards that a backward costs
@@ -184,6 +184,12 @@ def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
         muon=config.optimiser == "muon",
         data=2.0 * states * model.latent_channels * prod(model.latent_grid),
     )
+
+
+def of_rounded(config: rounded.Config, of: phases.Config, model: ModelConfig, frames: int) -> Work:
+    """On the trajectories that the phases `of` before it were given."""
+    again = replace(of, steps=config.steps)
+    return replace(of_phases(again, model, frames), asking=0.0, constant={})
 
 
 def of_cd(config: cd.Config, model: ModelConfig, frames: int) -> Work:
@@ -359,6 +365,7 @@ def of_recipe(recipe: recipes.Recipe, speed: Speed) -> list[Stage]:
         "score": of_bidirectional(recipe.score, model, frames),
         "teacher_long": of_teacher(recipe.teacher_long, model, long),
         "phases": of_phases(recipe.phases, model, long),
+        "rounded": of_rounded(recipe.rounded, recipe.phases, model, long),
         "decoder": of_decoder(recipe.decoder, model),
         "dmd": of_dmd(recipe.dmd, model, model, model, frames),
     }

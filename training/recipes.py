@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cfrt.config import PRESETS, ModelConfig, TextConfig
-from training import autoencoder, bidirectional, captions, data, decoder, dmd, evaluate, loop, phases, teacher
+from training import autoencoder, bidirectional, captions, data, decoder, dmd, evaluate, loop, phases, rounded, teacher
 
 # In the class, `data` and `teacher` are its fields.
 _Clips = data.Config
@@ -27,7 +27,7 @@ class Recipe:
     seed: int = 1
     shards: str | None = None
     """Folder of one's own clips (`python -m training prepare`) instead of the world's."""
-    ships: Literal["phases", "dmd"] = "phases"
+    ships: Literal["phases", "rounded", "dmd"] = "rounded"
     """The stage whose averaged weights become the student."""
     data: data.Config = field(default_factory=lambda: data.Config(clips=40_000))
     autoencoder: autoencoder.Config = field(default_factory=autoencoder.Config)
@@ -42,6 +42,7 @@ class Recipe:
         default_factory=lambda: teacher.Config(steps=2550, batch=10, lr=1.2e-3, ema=0.998, resampled=0.6)
     )
     phases: phases.Config = field(default_factory=phases.Config)
+    rounded: rounded.Config = field(default_factory=rounded.Config)
     decoder: decoder.Config = field(default_factory=decoder.Config)
     dmd: dmd.Config = field(default_factory=lambda: dmd.Config(steps=80, tau=(0.02, 0.6)))
     evaluate: evaluate.Config = field(default_factory=lambda: evaluate.Config(prompts=1000, long=32, long_units=121))
@@ -71,8 +72,17 @@ def tiny_gpu() -> Recipe:
         teacher=teacher.Config(steps=4000, batch=512, ema=0.998),
         score=bidirectional.Config(steps=2000, batch=512, shift=5.0, first_weight=2.0, early_weight=2.0),
         long=data.Config(clips=150_000, units=16),
-        teacher_long=teacher.Config(steps=7200, batch=256, ema=0.999, resampled=0.6, resampled_jumps=2, starts=512),
-        phases=phases.Config(pairs=102_400, openings=262_144, piece=512, steps=10_000, batch=256, starts=512),
+        teacher_long=teacher.Config(steps=12_000, batch=256, ema=0.999, resampled=0.6, resampled_jumps=2, starts=512),
+        phases=phases.Config(
+            pairs=98_304,
+            openings=262_144,
+            piece=8192,
+            steps=5000,
+            batch=256,
+            starts=512,
+            lr=1.2e-3,
+            ema=0.999,
+        ),
         dmd=dmd.Config(
             steps=60,
             batch=512,
@@ -103,7 +113,8 @@ def smoke() -> Recipe:
         decoder=decoder.Config(steps=2, batch=2, units=4),
         long=data.Config(clips=16, units=12),
         teacher_long=teacher.Config(steps=4, batch=4, starts=8, resampled=0.5),
-        phases=phases.Config(pairs=8, openings=32, piece=4, euler_steps=8, steps=6, batch=4, starts=8),
+        phases=phases.Config(pairs=8, openings=32, piece=4, steps=6, batch=4, starts=8),
+        rounded=rounded.Config(steps=3),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2, long_units=17),
     )

@@ -15,7 +15,7 @@ import tyro
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, the same on longer clips,
-    distillation by phases, decoder, asymmetric DMD.
+    distillation by phases, the same with rounded weights, decoder, asymmetric DMD.
 
     Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a
     contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in
@@ -28,7 +28,16 @@ class Arguments:
     smoke: bool = False
     """Every stage for a few steps (under three minutes): shows that the chain holds, the student is noise."""
     until: Literal[
-        "autoencoder", "bidirectional", "teacher", "score", "teacher_long", "phases", "decoder", "dmd", "card"
+        "autoencoder",
+        "bidirectional",
+        "teacher",
+        "score",
+        "teacher_long",
+        "phases",
+        "rounded",
+        "decoder",
+        "dmd",
+        "card",
     ] = "card"
     """Last stage to run."""
     data: Path | None = None

@@ -101,19 +101,6 @@ def test_it_is_led_where_there_is_noise_enough(model: ModelConfig) -> None:
     assert not torch.allclose(everywhere[-1], plain[-1], atol=1e-3)
 
 
-def test_a_first_unit_is_led_at_every_level(model: ModelConfig) -> None:
-    strong, weak, asked, x = random_network(model).eval(), random_network(model, seed=9).eval(), prompts(), noise(model)
-    scales = {"guidance": 3.0, "later": 1.0, "autoguidance": 1.0}
-    led = said(rollout.Led(strong, weak, model, asked, **scales, above=0.9, first=1.5), x, 3)
-    plain, guided, weaker = (
-        said(rollout.Player(network, model, asked, guidance=scale), x, 3)
-        for network, scale in ((strong, 1.0), (strong, 3.0), (weak, 1.0))
-    )
-    torch.testing.assert_close(led[0], guided[0] + 0.5 * (plain[0] - weaker[0]), atol=1e-5, rtol=0)
-    for unit in (1, 2):
-        torch.testing.assert_close(led[unit], guided[unit], atol=1e-5, rtol=0)
-
-
 def test_a_teacher_that_is_not_led_asks_nobody_else(model: ModelConfig) -> None:
     strong, asked, x = random_network(model).eval(), prompts(), noise(model)
     led = rollout.Led(strong, strong, model, asked, guidance=1.0, later=1.0, autoguidance=1.0)

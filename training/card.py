@@ -48,6 +48,8 @@ for frame in cfrt.Stream("a large red circle moving left over the ocean", seed=7
 Results = dict[str, Any]  # what results.json holds
 
 
+BETWEEN = ("phases", "rounded")
+"""Columns of the card alone: what the student was on its way."""
 README_LINES = ("colour", "shape", "direction", "all", "dynamic", "residual", "diversity", "switch")
 
 
@@ -289,7 +291,7 @@ def _limits(results: Results) -> str:
 
 
 def readme_section(results: Results) -> str:
-    rows = results["rows"]
+    rows = {name: row for name, row in results["rows"].items() if name not in BETWEEN}
     where, settings = results["machine"], results["config"]["evaluate"]
     spent = dict[str, float]()
     for stage in results["stages"].values():

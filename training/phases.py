@@ -42,8 +42,6 @@ class Config:
     """Away from the weaker teacher, in the others, ..."""
     autoguidance_above: float = 0.5
     """... at noise levels s above this one."""
-    first_autoguidance: float = 2.0
-    """In first units, at every level."""
     piece: int = 64
     steps: int = 16_000
     batch: int = 16
@@ -84,7 +82,6 @@ class Config:
             later=self.guidance_later,
             autoguidance=self.autoguidance,
             above=self.autoguidance_above,
-            first=self.first_autoguidance,
         )
 
     def pairs_of(

@@ -66,8 +66,7 @@ class Led:
     led away from a weaker teacher in the others. That is autoguidance (arXiv:2406.02507), v + (a - 1) (v - v_weak): it
     takes off errors that both make, one more than the other, and costs no variety, as guidance by a caption does.
     Where there is little noise, s <= `above`, the motion is settled and leading only roughens outlines (an interval,
-    arXiv:2404.07724): there the teacher goes by itself. A first unit is led away from the weaker teacher as well, by
-    `first` and at every level: it makes the outlines, and chooses a place.
+    arXiv:2404.07724): there the teacher goes by itself.
 
     What each of the three networks has seen is a ring of its own."""
 
@@ -82,21 +81,19 @@ class Led:
         later: float,
         autoguidance: float,
         above: float = 0.0,
-        first: float = 1.0,
     ) -> None:
         self.model, self.prompts, self.clips = model, prompts, len(prompts)
         self.asked = Player(teacher, model, prompts)
         self.device = self.asked.device
         self.others = (Player(teacher, model, prompts.to_null()), Player(weak, model, prompts))
         self.scales = by_age(prompts, guidance, later, model.unit), by_age(prompts, 1.0, autoguidance, model.unit)
-        self.scales[1][:, : model.unit] = first
-        self.above = above
+        self.above = (0.0, above)
 
     def velocity(self, x: Tensor, s: float, unit: int) -> Tensor:
         """v [B, F, C, h, w] of the unit at noise level s."""
         own = slice(unit * self.model.unit, (unit + 1) * self.model.unit)
         v = said = self.asked.velocity(x, s, unit)
-        for other, scales, above in zip(self.others, self.scales, (0.0, self.above if unit else 0.0), strict=True):
+        for other, scales, above in zip(self.others, self.scales, self.above, strict=True):
             scale = scales[:, own]
             if s > above and (scale != 1).any():
                 v = v + (scale - 1) * (said - other.velocity(x, s, unit))

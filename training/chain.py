@@ -78,6 +78,7 @@ def train(recipe: Recipe, out: Path, *, until: str = STAGES[-1]) -> None:
         (folder / "config.json").write_text(json.dumps(asdict(getattr(recipe, name)), indent=2) + "\n")
         after = _previewer(recipe, out, name, average)
         loop.run(stage, folder, seed=recipe.seed, average=average, after=after, config=recipe.run)
+        del stage, average, after  # the next stage may keep as many trajectories
 
 
 def finished(folder: Path) -> bool:

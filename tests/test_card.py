@@ -82,6 +82,13 @@ def test_the_readme_gets_the_table_between_its_markers(results: card.Results, tm
     assert readme.read_text(encoding="utf-8") == once
 
 
+def test_what_the_student_was_on_its_way_is_on_the_card_alone(results: card.Results) -> None:
+    between = {**results, "rows": {**results["rows"], "phases": results["rows"]["student"]}}
+    title = card.COLUMNS["phases"].format(steps=4)
+    assert title in card.card(between)
+    assert card.readme_section(between) == card.readme_section(results)
+
+
 def test_a_readme_without_markers_is_left_alone(results: card.Results, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no place for numbers\n", encoding="utf-8")

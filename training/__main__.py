@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 COMMANDS = {
     "tiny": ("training.run", "train the embedded student from nothing, on a procedural world"),
-    "tiny-gpu": ("training.run", "the same on one GPU, with seven times the clips"),
+    "tiny-gpu": ("training.run", "the same on one GPU, with five to ten times the clips"),
     "wan-1.3b-framewise": ("training.wan_run", "one stage of Causal Forcing++ at full size, on GPUs"),
     "wan-1.3b-chunkwise": ("training.wan_run", "the same for Causal Forcing, three latent frames a unit"),
     "reproduce": ("training.reproduce", "the paper's table, with exact ground truth"),

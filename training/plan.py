@@ -170,9 +170,8 @@ def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
     kept = config.trajectories(model)
     played = ((config.pairs, frames), (config.openings, model.unit))
     asking = sum(clips * of_pairs(kept, model, length) for clips, length in played) / (config.steps * config.batch)
-    states = (len(kept.levels) + 2) * sum(
-        clips * length for clips, length in played
-    )  # the end and the past beside them
+    states = len(kept.levels) + 2  # the end and the past beside them
+    latents = states * sum(clips * length for clips, length in played)
     graph = Graph(model=model, frames=2 * frames)
     return Work(
         config=config,
@@ -182,7 +181,7 @@ def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
         asking=asking,
         graphs=[graph],
         muon=config.optimiser == "muon",
-        data=2.0 * states * model.latent_channels * prod(model.latent_grid),
+        data=2.0 * latents * model.latent_channels * prod(model.latent_grid),
     )
 
 
@@ -406,8 +405,15 @@ def measured(model: ModelConfig, frames: int, seconds: float = 0.5) -> Speed:
 
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 KINDS = (
-    *("weights", "gradients", "moments", "average", "frozen", "gathered", "data"),
-    *("activations", "activations_recomputed"),
+    "weights",
+    "gradients",
+    "moments",
+    "average",
+    "frozen",
+    "gathered",
+    "data",
+    "activations",
+    "activations_recomputed",
 )
 
 

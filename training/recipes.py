@@ -3,7 +3,7 @@
 | recipe | what | where |
 | --- | --- | --- |
 | tiny | the embedded student, 64x64, 4 steps, frame-wise | two CPU cores, hours: the card says how long |
-| tiny-gpu | the same chain with seven times the clips | one GPU: docs/training-speed.md says how long |
+| tiny-gpu | the same chain with five to ten times the clips | one GPU: docs/training-speed.md says how long |
 | smoke | the same chain, every stage for seconds; the result is noise | CI |
 """
 

@@ -226,6 +226,7 @@ def described(calibration: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {
         "format": {"int8": "int8", "fp8": "fp8 E4M3"}[precision],
         "weights": "a scale for each output, from its largest number",
+        "scales": {"int8": "numbers of bf16", "fp8": "powers of two"}[precision],
         "activations": "a static scale for the tensor, from the share of the largest number seen that costs least",
         "biases": "without what rounded weights add to the mean",
         "ring": "on a GPU: queries and keys in int8, values in fp8 E4M3; not in what was verified here",

@@ -6,11 +6,11 @@ engine that runs it rounds in the same places:
     y = (D(Q(x / f)) D(W' f)) + b        Q divides by a scale, rounds and cuts off; D multiplies by it again
 
 Weights have a scale for each output, from their own largest number. Activations have one for the tensor, from what was
-seen during calibration (export/calibrate.py). f evens out the inputs of a product (SmoothQuant, arXiv:2211.10438): a
-channel with large activations and small weights gives some of its size to the weights, so that one scale fits all
-channels. f is of powers of two, so nothing is rounded by it, and it is folded into what is computed before the product:
-the rows of a modulation, or the weight and bias of a norm. Where only an attention or a GELU comes before, there is no
-such place, and f is 1.
+seen during calibration (export/calibrate.py). In fp8 both are powers of two. f evens out the inputs of a product
+(SmoothQuant, arXiv:2211.10438): a channel with large activations and small weights gives some of its size to the
+weights, so that one scale fits all channels. f is of powers of two, so nothing is rounded by it, and it is folded into
+what is computed before the product: the rows of a modulation, or the weight and bias of a norm. Where only an attention
+or a GELU comes before, there is no such place, and f is 1.
 
 What is cut off and what is rounded are two errors, and in int8 one is traded for the other: calibration lowers the
 largest number that a scale is made for as long as the product comes closer (`kept_share`). Rounded weights move the

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_fixture import network, small
 
 from cfrt.config import PRESETS, ModelConfig
-from training import __main__, dmd, loop, plan, recipes, wan
+from training import __main__, dmd, loop, plan, plan_page, recipes, wan
 from training.network import Network
 
 pytestmark = pytest.mark.cpu
@@ -163,7 +163,7 @@ def test_a_measured_speed_is_one_of_this_machine() -> None:
     ("x", "text"), [(0, "0 B"), (999, "999 B"), (1234567, "1.2 MB"), (2.5e11, "250 GB"), (1e18, "1.0 EB")]
 )
 def test_short_numbers(x: float, text: str) -> None:
-    assert plan.short(x, "B") == text
+    assert plan_page.short(x, "B") == text
 
 
 def test_pairs_in_memory_are_counted() -> None:

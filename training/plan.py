@@ -9,10 +9,9 @@ Shapes: T latent frames of a clip, F of a unit, N tokens a frame, d width, f fee
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -26,6 +25,19 @@ from training import autoencoder, bidirectional, cd, decoder, dmd, loop, ode, ph
 
 CAPTIONS = 2  # of a clip
 BACKWARD = 2  # forwards that a backward costs
+
+KINDS = (
+    "weights",
+    "gradients",
+    "moments",
+    "average",
+    "frozen",
+    "gathered",
+    "data",
+    "activations",
+    "activations_recomputed",
+)
+"""Of memory, in bytes of a process."""
 
 
 # -------------------------------------------------------------------------------------------------- what forwards cost
@@ -399,80 +411,3 @@ def measured(model: ModelConfig, frames: int, seconds: float = 0.5) -> Speed:
         network(x, t, network.text_kv(rows)).sum().backward()
         count += 1
     return Speed(flops=count * flop / spent, source=f"measured for {spent:.1f} s, {torch.get_num_threads()} threads")
-
-
-# ----------------------------------------------------------------------------------------------------------- as a page
-
-UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-KINDS = (
-    "weights",
-    "gradients",
-    "moments",
-    "average",
-    "frozen",
-    "gathered",
-    "data",
-    "activations",
-    "activations_recomputed",
-)
-
-
-def short(x: float, unit: str = "") -> str:
-    """1 234 567 -> 1.2 M."""
-    for size, prefix in UNITS:
-        if abs(x) >= size:
-            return f"{x / size:.{0 if x >= 100 * size else 1}f} {prefix}{unit}"
-    return f"{x:.0f}{' ' if unit else ''}{unit}"
-
-
-def page(title: str, stages: Sequence[Stage], speed: Speed, recipe: Mapping[str, Any]) -> str:
-    """What --dry-run prints."""
-    networks = sorted({(label, count) for s in stages for label, count in s.parameters.items()})
-    runs = [["stage", "steps", "clips a step", "clips", "FLOP a step", "a step", "in all"]]
-    held = [["bytes of a process", *(s.name for s in stages)]]
-    for s in stages:
-        of = f"{s.batch} x {s.micros} = {s.batch * s.micros}"
-        runs.append(
-            [s.name, f"{s.steps}", of, short(s.clips), short(s.flops), _time(s.step_seconds), _time(s.hours * 3600)]
-        )
-    for kind in KINDS:
-        held.append([kind.replace("_", ", "), *(short(s.memory[kind], "B") if s.memory[kind] else "-" for s in stages)])
-    held.append(["total as configured", *(short(s.total, "B") for s in stages)])
-    hours = sum(s.hours for s in stages)
-    processes = stages[0].processes
-    return "\n".join(
-        [
-            f"{title}: {processes} process{'es' if processes > 1 else ''}, "
-            f"{_time(hours * 3600)} *predicted* at {short(speed.flops)}FLOP/s each ({speed.source})",
-            "",
-            *_aligned(runs),
-            "",
-            *_aligned(held),
-            "",
-            "parameters: " + ", ".join(f"{label} {short(count)}" for label, count in networks),
-        ]
-    )
-
-
-def as_json(title: str, stages: Sequence[Stage], speed: Speed, recipe: Mapping[str, Any]) -> str:
-    """The same for programs, with every field of the recipe."""
-    content = {"name": title, "speed": asdict(speed), "stages": [asdict(s) for s in stages], "recipe": recipe}
-    return json.dumps(content, indent=2)
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= size:
-            return f"{seconds / (86400 if unit == 'days' else size):.1f} {unit}"
-    return f"{1000 * seconds:.0f} ms"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of one width each, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]

@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> None:
     import torch  # after the command line, so that --help is quick
 
     from cfrt.errors import CfrtError
-    from training import chain, plan, recipes
+    from training import chain, plan, plan_page, recipes
 
     recipe = recipes.smoke() if arguments.smoke else recipes.RECIPES[arguments.recipe]()
     recipe = replace(recipe, run=replace(recipe.run, log=arguments.log))
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> None:
     if arguments.dry_run:
         speed = plan.measured(recipe.model, recipe.data.units)
         planned = plan.of_recipe(recipe, speed)
-        print((plan.as_json if arguments.json else plan.page)(recipe.name, planned, speed, asdict(recipe)))
+        print((plan_page.as_json if arguments.json else plan_page.page)(recipe.name, planned, speed, asdict(recipe)))
         return
     if recipe.run.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32: the optimiser's products

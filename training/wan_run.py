@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tyro
 
 from cfrt.errors import CfrtError, TrainingError, WeightsError
-from training import logs, ode, parallel, plan, wan
+from training import logs, ode, parallel, plan, plan_page, wan
 from training.wan_stages import Noise, Sources, clips, train
 
 
@@ -97,7 +97,7 @@ def _print_plan(asked: Arguments, recipe: wan.Recipe) -> None:
         recipe, [asked.stage] if asked.stage else wan.STAGES, asked.processes or parallel.count(), speed
     )
     if parallel.first():
-        print((plan.as_json if asked.json else plan.page)(recipe.name, planned, speed, asdict(recipe)))
+        print((plan_page.as_json if asked.json else plan_page.page)(recipe.name, planned, speed, asdict(recipe)))
 
 
 def smoke(recipe: wan.Recipe, out: Path) -> None:

@@ -29,7 +29,7 @@ from cfrt.text import encoder
 
 from .draft import Draft, key, source_of, write_bytes
 from .options import Checkpoint
-from .quantize import FORMATS, MEAN, OUTPUT, kept, kept_share, rows, table, values
+from .quantize import FORMATS, OUTPUT, Inputs, cut, kept, rows, table, values
 from .sources import RANDOM, Source
 
 FILE = "calibration.safetensors"
@@ -102,13 +102,14 @@ class Calibration:
         for name, seen in ring_values.items():
             dit.get_submodule(name.removesuffix(OUTPUT)).register_forward_hook(_leaving(seen))
         self._play(dit)
-        found = {name: seen.largest.numpy() for name, seen in ring_values.items()}
+        found = {name: torch.maximum(-seen.low, seen.high).numpy() for name, seen in ring_values.items()}
         for row, layers in rows(self.config, precision):
             seen = products[layers[0]]
             weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
-            largest, samples = seen.largest.numpy(), torch.cat(seen.samples).numpy()
-            share = kept_share(samples, weight, largest, precision, balanced=row.balanced is not None)
-            found |= {layers[0]: largest * np.float32(share), layers[0] + MEAN: seen.mean.numpy()}
+            inputs = Inputs(low=seen.low.numpy(), high=seen.high.numpy(), mean=seen.mean.numpy())
+            samples = torch.cat(seen.samples).numpy()
+            inputs = cut(inputs, samples, weight, precision, balanced=row.balanced is not None)
+            found |= inputs.ranges(layers[0])
         return found
 
     def _play(self, dit: CausalDiT) -> None:
@@ -122,17 +123,18 @@ class Calibration:
 
 
 class Seen:
-    """What has passed one place: the largest |x| and the mean of each channel, and some rows."""
+    """What has passed one place: the least, the largest and the mean of each channel, and some rows."""
 
     def __init__(self) -> None:
-        self.largest, self.samples = torch.zeros(()), list[Tensor]()
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+        self.samples = list[Tensor]()
         self._sum, self._count = torch.zeros(()), 0
         self._random = torch.Generator().manual_seed(SEED)
 
     def add(self, x: Tensor) -> None:
         """Rows [..., d]; a few of them are kept, from now and before alike."""
         x = x.flatten(0, -2).float()
-        self.largest = torch.maximum(self.largest, x.abs().amax(0))
+        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         self._sum, self._count = self._sum + x.double().sum(0), self._count + len(x)
         for row in x[torch.randint(len(x), (PICKED,), generator=self._random)].split(1):
             if len(self.samples) < SAMPLES:
@@ -226,8 +228,9 @@ def described(calibration: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {
         "format": {"int8": "int8", "fp8": "fp8 E4M3"}[precision],
         "weights": "a scale for each output, from its largest number",
-        "scales": {"int8": "numbers of bf16", "fp8": "powers of two"}[precision],
+        "scales": {"int8": "numbers of bf16; powers of two where exact", "fp8": "powers of two"}[precision],
         "activations": "a static scale for the tensor, from the share of the largest number seen that costs least",
+        "offsets": {"int8": "of inputs that reach further to one side", "fp8": "none"}[precision],
         "biases": "without what rounded weights add to the mean",
         "ring": "on a GPU: queries and keys in int8, values in fp8 E4M3; not in what was verified here",
         "products": {"+".join(row.layers): {"inputs balanced in": row.balanced} for row in table(precision)},

@@ -82,6 +82,7 @@ def _gelus(model: ModelProto) -> Iterator[str]:
     """Where each belongs. An 8-bit product ends before its scales, so that a GELU is never in its kernel."""
     nodes = model.graph.node
     rounded = {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    rounded |= {node.input[0] for node in nodes if node.op_type == "Sub" and node.output[0] in rounded}
     products = {node.output[0] for node in quantised_products(model)}
     sums = {node.output[0] for node in nodes if node.op_type == "Add" and products.intersection(node.input)}
     for node in nodes:

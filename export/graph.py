@@ -103,14 +103,25 @@ class Graph:
                 f"{name}.weight", np.concatenate([self._transposed(layer) for layer in layers], axis=1)
             )
         else:
+            x = x if product.is_folded else self._less(x, name, product)
             x, weight = self._narrowed(name, x, product), self._widened(name, product)
-            bias = bias - product.shift
+            bias = bias + product.shift
         return self.op("Add", self.op("MatMul", x, weight, name=name), self.constant(f"{name}.bias", bias))
 
     def inverse_factors(self, *layers: str) -> np.ndarray | None:
         """What the input of these layers must have been multiplied by, [in]: None for nothing."""
         product = self._product(layers)
         return None if product is None else product.inverse_factors
+
+    def less_offset(self, x: Value, *layers: str) -> Value:
+        """The shift `x` of a norm, [in], without what must be off the input of these layers."""
+        product = self._product(layers)
+        return x if product is None else self._less(x, layers[0], product)
+
+    def _less(self, x: Value, name: str, product: Product) -> Value:
+        if product.offset is None:
+            return x
+        return self.op("Sub", x, self.constant(f"{name}.offset", product.offset))
 
     def _product(self, layers: tuple[str, ...]) -> Product | None:
         row = row_of(self._precision, *layers)

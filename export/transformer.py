@@ -157,14 +157,14 @@ def _modulated(graph: Graph, x: Value, table: Value, first: int, layers: Sequenc
     if factors is not None:
         even = graph.constant(f"{layers[0]}.inverse_factors", factors)
         scale, shift = graph.op("Mul", scale, even), graph.op("Mul", shift, even)
-    return graph.layer_norm(x, scale, shift)
+    return graph.layer_norm(x, scale, graph.less_offset(shift, *layers))
 
 
 def _normed(graph: Graph, x: Value, norm: str, layer: str) -> Value:
     """LN(x) with its own weight and bias, as the input of a layer."""
     factors = graph.inverse_factors(layer)
     scale, shift = (graph.weight(f"{norm}.{kind}", factors=factors) for kind in ("weight", "bias"))
-    return graph.layer_norm(x, scale, shift)
+    return graph.layer_norm(x, scale, graph.less_offset(shift, layer))
 
 
 def _converted(graph: Graph, x: Value, dtype: str) -> Value:

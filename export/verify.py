@@ -41,7 +41,7 @@ from cfrt.nn.wan_vae import WanVAE
 
 from .build import PIXELS, build, norms
 from .graph import rounded
-from .quantize import FORMATS, MEAN, product_of, rows
+from .quantize import FORMATS, Inputs, product_of, rows
 from .segments import activations, decoder_config, layout
 from .sources import Lazy, Source, Tensors
 
@@ -122,7 +122,7 @@ def few_tokens(source: Source, precision: str) -> Source:
     dit = Lazy(shapes.dit(small), lambda name: source.dit[names[name]])
     products = [layers[0] for _, layers in rows(small, precision)]
     theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in products}
-    ranges = {name + kind: source.ranges[theirs[name] + kind] for name in products for kind in ("", MEAN)}
+    ranges = {name + kind: source.ranges[theirs[name] + kind] for name in products for kind in Inputs.KINDS}
     return replace(source, config=small, dit=dit, ranges=ranges)
 
 
@@ -297,13 +297,13 @@ def _alike(source: Source, precision: str) -> _Network:
     for row, layers in rows(source.config, precision):
         weight = np.concatenate([source.dit[f"{layer}.weight"] for layer in layers]).T
         product = product_of(row, layers, weight, source.ranges, precision)
-        factors = 1 if product.inverse_factors is None else product.inverse_factors[:, None]
-        parts = torch.from_numpy((product.dequantised() * factors).T).chunk(len(layers))
-        shifts = torch.from_numpy(product.shift).chunk(len(layers))
-        for layer, part, shift in zip(layers, parts, shifts, strict=True):
-            network.dit.get_parameter(f"{layer}.weight").copy_(part)
-            bias = torch.from_numpy(source.dit[f"{layer}.bias"]) - shift
-            network.dit.get_parameter(f"{layer}.bias").copy_(torch.from_numpy(rounded(bias.numpy(), act)))
+        held = product.dequantised()
+        whole = held if product.inverse_factors is None else held * product.inverse_factors[:, None]
+        bias = rounded(np.concatenate([source.dit[f"{layer}.bias"] for layer in layers]) + product.shift, act)
+        bias = bias if product.offset is None else bias - product.offset @ held
+        for kind, array in (("weight", whole.T), ("bias", bias)):
+            for layer, part in zip(layers, torch.from_numpy(array).chunk(len(layers)), strict=True):
+                network.dit.get_parameter(f"{layer}.{kind}").copy_(part)
     return network
 
 

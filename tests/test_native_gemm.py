@@ -227,6 +227,23 @@ def test_numbers_that_are_none_stay_in_their_row(precision: str, isa: str) -> No
     np.testing.assert_array_equal(got[~broken], clean[~broken])
 
 
+@every_isa
+def test_int8_keeps_weights_that_are_whole_steps_of_a_power_of_two(isa: str) -> None:
+    """Of one for each output, and inputs that fit: the product is exact. One weight that is no whole step, and its
+    output has another scale."""
+    random = np.random.default_rng(0)
+    steps, x = (random.integers(-127, 128, shape).astype(np.float32) for shape in ((9, 40), (5, 40)))
+    steps[:, 0], x[:, 0] = 65, 127
+    w = steps * 2.0 ** random.integers(-12, 4, (9, 1)).astype(np.float32)
+    out = np.zeros((5, 9), np.float32)
+    kernels.gemm(kernels.Rows(x, "int8", isa=isa), kernels.Weights(w, "int8", isa=isa), out)
+    np.testing.assert_array_equal(out, x @ w.T)
+    w[4, 7] *= 1.001
+    kernels.gemm(kernels.Rows(x, "int8", isa=isa), kernels.Weights(w, "int8", isa=isa), out)
+    exact = (x.astype(np.float64) @ w.T.astype(np.float64)).astype(np.float32)
+    assert [int((out[:, row] == exact[:, row]).all()) for row in range(9)] == [1, 1, 1, 1, 0, 1, 1, 1, 1]
+
+
 # ---------------------------------------------------------------------- results as they are stored
 
 

@@ -35,11 +35,11 @@ from export.engine_report import read
 from export.onnx import Options, main
 from export.quantize import (
     FORMATS,
-    MEAN,
-    OUTPUT,
+    Inputs,
+    Product,
+    cut,
     inverse_factors,
     kept,
-    kept_share,
     quantise,
     rows,
     value_scales,
@@ -88,6 +88,22 @@ def mid(source: Source, precision: str) -> ModelProto:
 # ---------------------------------------------------------------------- numbers
 
 
+def reaching(x: np.ndarray) -> Inputs:
+    """Rows of inputs as calibration sees them."""
+    narrow = x.astype(np.float32)
+    return Inputs(low=narrow.min(axis=0), high=narrow.max(axis=0), mean=narrow.mean(axis=0))
+
+
+def multiplied(x: np.ndarray, product: Product, precision: str) -> np.ndarray:
+    """As the graph of a product without a bias says it."""
+    known, scale = FORMATS[precision], product.input_scale
+    even = x if product.inverse_factors is None else x * product.inverse_factors
+    narrow = (even if product.offset is None else even - product.offset) / scale
+    limited = narrow.clip(-known.largest, known.largest)
+    rounded = (np.rint(limited) if known.is_even else limited).astype(known.dtype).astype(np.float32)
+    return rounded * scale @ product.dequantised() + product.shift
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @given(seed=st.integers(0, 99), spread=st.floats(0, 6), balanced=st.booleans())
 def test_a_weight_is_within_half_a_step(precision: str, seed: int, spread: float, balanced: bool) -> None:
@@ -95,7 +111,8 @@ def test_a_weight_is_within_half_a_step(precision: str, seed: int, spread: float
     random = np.random.default_rng(seed)
     weight = (random.normal(size=(24, 8)) * np.exp(spread * random.normal(size=(24, 1)))).astype(np.float32)
     largest = np.exp(spread * random.normal(size=24)).astype(np.float32)
-    product = quantise(weight, largest, precision, balanced=balanced)
+    inputs = reaching(np.stack([largest, -largest * random.uniform(-1, 1, 24)]))
+    product = quantise(weight, inputs, precision, balanced=balanced)
     even = weight if product.inverse_factors is None else weight / product.inverse_factors[:, None]
     error = np.abs(product.dequantised() - even)
     if precision == "int8":
@@ -104,15 +121,18 @@ def test_a_weight_is_within_half_a_step(precision: str, seed: int, spread: float
         assert (error <= np.maximum(np.abs(even) / 16, product.weight_scale / 1024) * 1.01).all()
     for scale in (product.weight_scale, product.input_scale):
         np.testing.assert_array_equal(scale, np.asarray(scale).astype(ml_dtypes.bfloat16).astype(np.float32))
-    reach = largest if product.inverse_factors is None else largest * product.inverse_factors
-    assert reach.max() <= product.input_scale * FORMATS[precision].largest * 1.004
+    ends = np.stack([inputs.low, inputs.high]) * (1 if product.inverse_factors is None else product.inverse_factors)
+    offset = np.zeros(24) if product.offset is None else product.offset
+    np.testing.assert_array_equal(offset, offset.astype(ml_dtypes.bfloat16).astype(np.float32))
+    reach = np.abs(ends - offset).max() - np.abs(offset).max() / 256  # by which it may be off
+    assert reach <= product.input_scale * FORMATS[precision].largest * 1.004
 
 
 def test_factors_are_powers_of_two_that_halve_the_difference() -> None:
     largest = np.array([64, 1, 1, 1, 1, 0], np.float32)
-    weight = np.ones((6, 3), np.float32)
+    weight = np.full((6, 3), 0.7, np.float32)
     np.testing.assert_array_equal(inverse_factors(weight, largest), [1 / 8, 1, 1, 1, 1, 1])
-    product = quantise(weight, largest, "int8", balanced=True)
+    product = quantise(weight, reaching(np.stack([largest, -largest])), "int8", balanced=True)
     assert product.input_scale == np.float32(8 / 127).astype(ml_dtypes.bfloat16)
 
 
@@ -124,11 +144,38 @@ def test_balancing_helps_where_channels_differ() -> None:
     weight[:2] /= 30
     errors = []
     for balanced in (False, True):
-        product = quantise(weight, np.abs(x).max(axis=0).astype(np.float32), "int8", balanced=balanced)
-        even = 1 if product.inverse_factors is None else product.inverse_factors
-        narrow = np.rint(x * even / product.input_scale).clip(-128, 127) * product.input_scale
-        errors.append(np.linalg.norm(narrow @ product.dequantised() - x @ weight))
+        product = quantise(weight, reaching(x), "int8", balanced=balanced)
+        errors.append(np.linalg.norm(multiplied(x, product, "int8") - x @ weight))
     assert errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_gelu_leaves_uses_all_of_int8(precision: str) -> None:
+    """Inputs that reach further to one side: half a step is lost instead of a whole one. Those that fit stay."""
+    random = np.random.default_rng(0)
+    x, weight = random.normal(size=(4000, 64)).astype(np.float32), random.normal(size=(64, 32)).astype(np.float32)
+    x[:, 16:] = 0.25 * np.tanh(x[:, 16:])
+    x[:, :16] = np.maximum(-0.17, 2 * x[:, :16])
+    product = quantise(weight, reaching(x), precision, balanced=False)
+    if precision == "fp8":
+        assert product.offset is None
+        return
+    assert product.offset is not None
+    assert (product.offset[:16] > 0).all()
+    assert not product.offset[16:].any()
+    even = replace(reaching(x), low=-reaching(x).largest, high=reaching(x).largest)
+    plain = quantise(weight, even, precision, balanced=False)
+    assert plain.offset is None
+    errors = [np.square(multiplied(x, each, precision) - x @ weight).mean() for each in (product, plain)]
+    assert errors[0] < errors[1] / 3
+
+
+def test_what_is_cut_off_is_cut_off_on_both_sides() -> None:
+    """Where a share of the reach counts, the widest input is cut in its middle; others move no more than they must."""
+    inputs = Inputs(low=np.array([0, 0, -1], np.float32), high=np.array([16, 6, 1], np.float32), mean=np.zeros(3))
+    product = quantise(np.ones((3, 1), np.float32), replace(inputs, share=np.float32(0.5)), "int8", balanced=False)
+    np.testing.assert_array_equal(product.offset, [8, 2, 0])
+    assert product.input_scale == np.float32(4 / 127).astype(ml_dtypes.bfloat16)
 
 
 def test_values_in_the_ring_have_room(source: Source) -> None:
@@ -149,12 +196,12 @@ def test_the_mean_of_an_output_is_what_it_was(precision: str) -> None:
     """Rounded weights alone move it; the bias takes that back."""
     random = np.random.default_rng(0)
     x, weight = 1 + random.normal(size=(4000, 24)), random.normal(size=(24, 8)).astype(np.float32)
-    largest, mean = np.abs(x).max(axis=0).astype(np.float32), x.mean(axis=0).astype(np.float32)
-    product = quantise(weight, largest, precision, balanced=True, mean=mean)
+    product = quantise(weight, reaching(x), precision, balanced=True)
     assert product.inverse_factors is not None
-    moved = (x * product.inverse_factors @ product.dequantised() - x @ weight).mean(axis=0)
-    assert np.abs(moved).max() > 1e-3
-    np.testing.assert_allclose(moved, product.shift, atol=1e-5)
+    even = x * product.inverse_factors - (0 if product.offset is None else product.offset)
+    found, expected = (even @ product.dequantised()).mean(axis=0), (x @ weight).mean(axis=0)
+    assert np.abs(found - expected).max() > 1e-3
+    np.testing.assert_allclose(found + product.shift, expected, atol=1e-5)
 
 
 def test_a_thin_tail_is_cut_off_and_what_all_reach_is_not() -> None:
@@ -163,10 +210,10 @@ def test_a_thin_tail_is_cut_off_and_what_all_reach_is_not() -> None:
     random, weight = np.random.default_rng(0), np.ones((4, 2), np.float32)
     even = random.uniform(-1, 1, (2000, 4)).astype(np.float32)
     tail = random.laplace(size=(50_000, 4)).astype(np.float32)
-    reach = [np.abs(x).max(axis=0) for x in (even, tail)]
-    assert kept_share(even, weight, reach[0], "int8", balanced=False) == 1
-    assert 9 < kept_share(tail, weight, reach[1], "int8", balanced=False) * reach[1].max() < 12 < reach[1].max()
-    assert kept_share(even, weight, reach[0], "fp8", balanced=True) == 1
+    assert cut(reaching(even), even, weight, "int8", balanced=False).share == 1
+    inputs = cut(reaching(tail), tail, weight, "int8", balanced=False)
+    assert 9 < 127 * quantise(weight, inputs, "int8", balanced=False).input_scale < 12 < inputs.largest.max()
+    assert cut(reaching(even), even, weight, "fp8", balanced=True).share == 1
 
 
 # ---------------------------------------------------------------------- graphs
@@ -190,7 +237,7 @@ def test_a_graph_of_8_bits_says_what_pytorch_says(sources: dict[str, Source], ch
 def test_scales_that_are_far_too_small_cost_more_than_an_export_may(sources: dict[str, Source], precision: str) -> None:
     """Eight times: what is cut off then is most of an input."""
     good = sources[precision]
-    ranges = {name: x if name.endswith((MEAN, OUTPUT)) else x / np.float32(8) for name, x in good.ranges.items()}
+    ranges = {name: x / np.float32(8) if name.endswith(".share") else x for name, x in good.ranges.items()}
     bad, segments = replace(good, ranges=ranges), layout(CONFIG, precision, "tiny")
     errors = verify.compare(bad, segments, {s.name: build(s, bad, precision) for s in segments}, precision, 6)
     assert errors["velocity"] < 1e-5
@@ -219,8 +266,8 @@ def test_fp8_leaves_the_last_product_alone(sources: dict[str, Source]) -> None:
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     own = sources["fp8"].dit[f"{name}.weight"].T.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(held[f"{name}.weight"], own)
-    assert name not in sources["fp8"].ranges
-    assert name in sources["int8"].ranges
+    assert f"{name}.high" not in sources["fp8"].ranges
+    assert f"{name}.high" in sources["int8"].ranges
     assert "ffn.2" in kept("fp8")
     assert "ffn.2" not in kept("int8")
 
@@ -315,9 +362,10 @@ def test_random_weights_are_shown_random_text() -> None:
     assert (len(shown.texts), shown.config.frame_tokens) == (1, 4)
     source = replace(source, ranges=shown.observe(source, "fp8"))
     products = {layers[0] for _, layers in rows(source.config, "fp8")}
-    assert source.ranges.keys() == products | {name + MEAN for name in products} | {values(i) for i in range(3)}
+    seen = {name + kind for name in products for kind in Inputs.KINDS}
+    assert source.ranges.keys() == seen | {values(i) for i in range(3)}
     small = verify.few_tokens(source, "fp8")
-    np.testing.assert_array_equal(small.ranges["blocks.1.ffn.0"], source.ranges["blocks.2.ffn.0"])
+    np.testing.assert_array_equal(small.ranges["blocks.1.ffn.0.high"], source.ranges["blocks.2.ffn.0.high"])
     assert len(quantised_products(mid(small, "fp8"))) == 5
 
 

@@ -1,4 +1,4 @@
-"""Weights that are trained rounded: they are E4M3's under any power of two, and the export changes none of them."""
+"""Weights that are trained rounded: E4M3 and int8 hold them under powers of two, and an export changes none."""
 
 from __future__ import annotations
 
@@ -58,17 +58,45 @@ def test_ties_go_to_the_even_and_what_fits_stays() -> None:
     assert torch.equal(rounded.four_bits(rounded.four_bits(x)), rounded.four_bits(x))
 
 
-def test_they_are_the_products_that_an_export_makes_of_fp8() -> None:
-    assert tuple(layer for row in quantize.table("fp8") for layer in row.layers) == rounded.LAYERS
+@given(seed=st.integers(0, 2**16), spread=st.floats(0, 3))
+def test_an_output_s_weights_are_whole_steps_of_four_significant_bits(seed: int, spread: float) -> None:
+    """The largest is of 64 to 120 steps; nothing moves by more than a sixteenth of itself or half a step; what was
+    rounded stays."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 40, generator=generator) * torch.exp(spread * torch.randn(6, 1, generator=generator))
+    weight[:, ::7] *= 0.01
+    found = rounded.narrowed(weight)
+    top = found.abs().amax(1, keepdim=True)
+    step = torch.exp2(torch.floor(torch.log2(top)) - 6)
+    steps = found / step
+    assert torch.equal(steps, steps.round())
+    assert (top / step >= 64).all()
+    assert (top / step <= 120).all()
+    assert torch.equal(rounded.four_bits(found), found)
+    assert ((found - weight).abs() <= torch.maximum(weight.abs() / 16, step / 2)).all()
+    assert torch.equal(rounded.narrowed(found), found)
 
 
+def test_weights_of_zero_stay() -> None:
+    assert not rounded.narrowed(torch.zeros(2, 3)).any()
+
+
+def test_they_are_the_products_that_an_export_makes_of_8_bits() -> None:
+    """fp8 leaves one of them in bf16, which holds four significant bits as well."""
+    assert tuple(layer for row in quantize.table("int8") for layer in row.layers) == rounded.LAYERS
+    assert {layer for row in quantize.table("fp8") for layer in row.layers} < {*rounded.LAYERS}
+
+
+@pytest.mark.parametrize("precision", sorted(quantize.FORMATS))
 @pytest.mark.parametrize("balanced", [False, True])
-def test_an_export_changes_no_such_weight(balanced: bool) -> None:
+def test_an_export_changes_no_such_weight(balanced: bool, precision: str) -> None:
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((24, 16)).astype(np.float32) * 10.0 ** generator.uniform(-2, 1, 16)
-    largest = 10.0 ** generator.uniform(-2, 2, 24)
-    for kept, fine in ((weight, True), (rounded.four_bits(torch.from_numpy(weight)).numpy(), False)):
-        product = quantize.quantise(kept.astype(np.float32), largest, "fp8", balanced=balanced, mean=largest)
+    weight = weight.astype(np.float32)
+    high = 10.0 ** generator.uniform(-2, 2, 24)
+    inputs = quantize.Inputs(low=-high, high=high, mean=high)
+    for kept, fine in ((weight, True), (rounded.narrowed(torch.from_numpy(weight.T)).T.numpy(), False)):
+        product = quantize.quantise(kept, inputs, precision, balanced=balanced)
         factors = np.ones(24) if product.inverse_factors is None else product.inverse_factors
         moved = np.abs(product.dequantised() * factors[:, None] - kept).max() > 0
         assert moved == fine

@@ -1,11 +1,12 @@
-"""Stage 2b: weights that floats of 8 bits hold, for a student that is exported to them.
+"""Stage 2b: weights that 8 bits hold, for a student that is exported to them.
 
     min E |v_R(theta)(x_s^i, x^{<i}, s) - (x_e^i - x_s^i) / (e - s)|^2
 
-The loss of `training.phases`, of a network whose products have weights rounded to the four significant bits of E4M3;
-the gradient passes the rounding straight through (arXiv:1308.3432). Rounding after training moves an output the same
-way in every frame of a stream, which adds it up; a network that was trained rounded has settled around it. R(theta)
-ships, so that an export to fp8 changes no weight (its scales are powers of two, `export/quantize.py`)."""
+The loss of `training.phases`, of a network whose products have weights rounded to what E4M3 and int8 both hold, each
+with a power of two for a scale: four significant bits, and no more steps than 127 for an output. The gradient passes
+the rounding straight through (arXiv:1308.3432). Rounding after training moves an output the same way in every frame of
+a stream, which adds it up; a network that was trained rounded has settled around it. R(theta) ships, so that an export
+to either changes no weight (`export/quantize.py`)."""
 
 from __future__ import annotations
 
@@ -21,10 +22,19 @@ from cfrt.config import ModelConfig
 from training import ode, phases
 from training.network import Network
 
-LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0")
-"""Of every block: the products that an export makes of fp8."""
+LAYERS = (
+    "self_attn.q",
+    "self_attn.k",
+    "self_attn.v",
+    "self_attn.o",
+    "cross_attn.q",
+    "cross_attn.o",
+    "ffn.0",
+    "ffn.2",
+)
+"""Of every block: the products that an export makes of 8 bits."""
 DROPPED = 20
-"""Of the 23 bits behind the leading one that fp32 writes down."""
+"""Of the 23 bits behind the leading one that fp32 writes down: three are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +67,17 @@ class Stage(phases.Stage):
 
 def _product(layer: nn.Linear, x: Tensor) -> Tensor:
     weight = layer.weight
-    return F.linear(x, weight + (four_bits(weight) - weight).detach(), layer.bias)
+    return F.linear(x, weight + (narrowed(weight) - weight).detach(), layer.bias)
+
+
+@torch.no_grad()
+def narrowed(weight: Tensor) -> Tensor:
+    """The nearest of [out, in] that both formats hold: for each output four significant bits, and below an eighth or
+    less of the largest whole steps, of which that is 64 to 120."""
+    near = four_bits(weight)
+    _, exponent = torch.frexp(near.abs().amax(1, keepdim=True))
+    step = torch.ldexp(torch.ones_like(weight[:, :1]), exponent - 7)
+    return torch.where(weight.abs() < 8 * step, (weight / step).round() * step, near)
 
 
 @torch.no_grad()
@@ -72,4 +92,4 @@ def four_bits(x: Tensor) -> Tensor:
 def shipped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """R(theta) of averaged weights: what the network is from here on."""
     ends = tuple(f"{layer}.weight" for layer in LAYERS)
-    return {name: four_bits(value) if name.endswith(ends) else value for name, value in weights.items()}
+    return {name: narrowed(value.float()) if name.endswith(ends) else value for name, value in weights.items()}

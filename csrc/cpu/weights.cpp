@@ -32,6 +32,16 @@ std::uint16_t to_bf16(float x) {
     return static_cast<std::uint16_t>((bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16);
 }
 
+// The largest number is 127 steps. A power of two where the whole row is steps of it: a weight that was trained to fit
+// (training/rounded.py) is then not rounded at all.
+float step_of(const float* row, std::int64_t k, float peak) {
+    const float step = peak / 127.0f;
+    int exponent;
+    std::frexp(step, &exponent);
+    const float power = std::ldexp(1.0f, exponent);
+    return std::all_of(row, row + k, [=](float x) { return std::nearbyint(x / power) * power == x; }) ? power : step;
+}
+
 }  // namespace
 
 Weights::Weights(const Kernels& kernels, Precision precision, const float* w, std::int64_t n, std::int64_t k,
@@ -65,7 +75,7 @@ Weights::Weights(const Kernels& kernels, Precision precision, const float* w, st
                       " in row ", row);
                 peak = std::max(peak, size);
             }
-            scale[row] = peak / 127.0f;
+            scale[row] = step_of(w + row * k, k, peak);
         }
         pack(reinterpret_cast<std::int8_t*>(panels), kernel, n, k, depth, threads,
              [&](std::int64_t row, std::int64_t i) {

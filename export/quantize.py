@@ -19,8 +19,8 @@ for those that fit as they are, and no more than others need: b' has W c in retu
 It is folded in where f is, and subtracted where f has no place. A floating format is finest around zero: there c is 0.
 
 What is cut off and what is rounded are two errors, and in int8 one is traded for the other: calibration lowers the
-largest number that a scale is made for as long as the product comes closer (`cut`). Rounded weights move the
-mean of an output, always the same way, and a stream adds that up frame by frame: it is taken off the bias again.
+largest number that a scale is made for as long as the product comes closer (`cut`). Rounded weights move the mean of an
+output, always the same way, and a stream adds that up frame by frame: it is taken off the bias again.
 
 Legend: in and out, the widths of a product; R rows of samples.
 """

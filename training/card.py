@@ -297,7 +297,8 @@ def readme_section(results: Results) -> str:
     for stage in results["stages"].values():
         on = stage.get("where", f"{where['cores']} cores ({where['cpu']})")
         spent[on] = spent.get(on, 0.0) + stage["seconds"]
-    took = " and ".join(f"{clock(seconds)} on {on}" for on, seconds in spent.items())
+    *parts, last = (f"{clock(seconds)} on {on}" for on, seconds in spent.items())
+    took = " and ".join([", ".join(parts), last] if parts else [last])
     note = (
         f"Measured {results['date']} on {settings['prompts']} held-out prompts by the exact reader, 95 % intervals in "
         f"brackets; trained in {took}. "

@@ -272,17 +272,28 @@ def test_fp8_leaves_the_last_product_alone(sources: dict[str, Source]) -> None:
     assert "ffn.2" not in kept("int8")
 
 
-@pytest.mark.parametrize("harm", ["ffn.0.weight_scale", "ffn.0.inverse_factors", "self_attn.o.weight"])
-def test_verification_sees_a_wrong_number(source: Source, chain: Chain, harm: str) -> None:
-    """One scale, one factor, or the weights of one input, in a graph that is otherwise right."""
-    segments, graphs = chain
+@pytest.mark.parametrize(
+    ("precision", "harm"),
+    [
+        ("fp8", "ffn.0.weight_scale"),
+        ("fp8", "ffn.0.inverse_factors"),
+        ("fp8", "self_attn.o.weight"),
+        ("int8", "ffn.2.offset"),
+        ("int8", "self_attn.q.offset"),
+    ],
+)
+def test_verification_sees_a_wrong_number(sources: dict[str, Source], chain: Chain, precision: str, harm: str) -> None:
+    """One scale, one factor, the weights of one input, or an offset, in a graph that is otherwise right."""
+    source, (segments, graphs) = sources[precision], chain
+    if precision != "fp8":
+        graphs = {**graphs, **{s.name: build(s, source, precision) for s in segments if s.name not in PIXELS}}
     model = ModelProto()
     model.CopyFrom(graphs["mid_0"])
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(harm))
-    array = numpy_helper.to_array(tensor).copy()
-    array[0] = (array[0].astype(np.float32) / 2).astype(array.dtype)
-    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    errors = verify.compare(source, segments, {**graphs, "mid_0": model}, "fp8", 3)
+    array = numpy_helper.to_array(tensor).astype(np.float32)
+    array[np.abs(array).reshape(len(array), -1).max(axis=1).argmax()] /= 2
+    tensor.CopyFrom(numpy_helper.from_array(array.astype(numpy_helper.to_array(tensor).dtype), tensor.name))
+    errors = verify.compare(source, segments, {**graphs, "mid_0": model}, precision, 3)
     assert errors["velocity"] > 10 * verify.EXACT
 
 

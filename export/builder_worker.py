@@ -6,12 +6,14 @@ folder becomes the engine `ENGINE`, and a line of JSON says how that went.
 
 Nor is an engine a function of its graph alone: the order of its outputs' records follows from the order of addresses,
 and so from what the process has allocated before. So every job runs in a copy of the process, forked while that has
-built nothing, and between two jobs the process does nothing that could change where the next one's memory lies.
+built nothing, and between two jobs the process does nothing that could change where the next one's memory lies. Where
+memory begins must not be random either: one build in thousands came out otherwise.
 
 The module is chosen by name, because TensorRT-RTX and full TensorRT have one API. They differ in two things: RTX
 compiles for named GPUs without having them, and its networks are always strongly typed.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -35,6 +37,9 @@ WIDEST_HEAD = 256
 FATAL_WARNINGS = ("Unused Input", "is unused or used only at compile-time")
 """Warnings that mean another network than the one asked for: the parser drops an input that it does not understand,
 such as the length of an Attention's keys."""
+
+ASK, FIXED = 0xFFFFFFFF, 0x0040000
+"""personality(2): say what is, and ADDR_NO_RANDOMIZE."""
 
 
 class Worker:
@@ -133,6 +138,17 @@ def peak_bytes() -> int:
     return 1024 * int(status["VmHWM"].split()[0])
 
 
+def settle() -> None:
+    """Starts this process again with memory that begins at fixed addresses, where the system allows it: some containers
+    do not."""
+    if sys.platform != "linux":
+        return
+    personality = ctypes.CDLL(None).personality
+    now = personality(ctypes.c_ulong(ASK))
+    if now >= 0 and not now & FIXED and personality(ctypes.c_ulong(now | FIXED)) >= 0:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def serve(module: str, targets: Sequence[str]) -> None:
     """Does jobs until the input ends. What C++ prints goes to stderr; the answers have stdout for themselves."""
     answers = os.dup(1)
@@ -154,4 +170,5 @@ def ending(code: int) -> str:
 
 
 if __name__ == "__main__":
+    settle()
     serve(sys.argv[1], sys.argv[2:])

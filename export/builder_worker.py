@@ -7,7 +7,7 @@ folder becomes the engine `ENGINE`, and a line of JSON says how that went.
 Nor is an engine a function of its graph alone: the order of its outputs' records follows from the order of addresses,
 and so from what the process has allocated before. So every job runs in a copy of the process, forked while that has
 built nothing, and between two jobs the process does nothing that could change where the next one's memory lies. Where
-memory begins must not be random either: one build in thousands came out otherwise.
+memory begins is not left to chance either: a build has come out otherwise once.
 
 The module is chosen by name, because TensorRT-RTX and full TensorRT have one API. They differ in two things: RTX
 compiles for named GPUs without having them, and its networks are always strongly typed.

@@ -37,7 +37,7 @@ def test_the_same_graph_gives_the_same_bytes(rtx: Builder, tmp_path: Path) -> No
 
 
 def test_two_processes_that_build_have_their_memory_at_the_same_addresses(tmp_path: Path) -> None:
-    """Random ones gave another engine once in thousands of builds."""
+    """So that the order of addresses is theirs as well, from which an engine follows."""
     path, begins = save(feed_forward(), tmp_path, "ffn"), []
     for _ in range(2):
         with Builder() as made:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fixture import network as random_network
 
-from cfrt import flow
+from cfrt import flow, students
+from cfrt.weights import load_model
 from export import quantize
 from training import data, loop, ode, phases, recipes, rounded
 from training.network import Network
@@ -75,6 +76,13 @@ def test_an_output_s_weights_are_whole_steps_of_four_significant_bits(seed: int,
     assert torch.equal(rounded.four_bits(found), found)
     assert ((found - weight).abs() <= torch.maximum(weight.abs() / 16, step / 2)).all()
     assert torch.equal(rounded.narrowed(found), found)
+
+
+def test_the_student_that_ships_is_held_by_both_formats() -> None:
+    _, weights = load_model(students.find("tiny"))
+    held = {name: torch.from_numpy(array) for name, array in weights.items()}
+    changed = [name for name, value in rounded.shipped(held).items() if not torch.equal(value, held[name])]
+    assert changed == []
 
 
 def test_weights_of_zero_stay() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import bidirectional, capture, cd, data, loop, ode, parallel, phases, recipes, teacher
+from training import bidirectional, capture, cd, data, ideal, loop, ode, parallel, phases, recipes, rounded, teacher
 from training.network import Network
 from training.optimisers import StackedMuon, orthogonal
 
@@ -58,6 +58,20 @@ def played(clips: int, units: int) -> ode.Pairs:
     return pairs.to(torch.device("cuda"))
 
 
+def answered(clips: int) -> ideal.Answers:
+    """Noise in place of answers."""
+    shape = (clips, len(RECIPE.model.unit_steps(0)), 1, 16, 4, 4)
+    plan = data.script(clips, CLIPS, torch.Generator().manual_seed(4))
+    answers = ideal.Answers(
+        states=torch.randn(shape).half(),
+        answers=torch.randn(shape).half(),
+        surprise=torch.rand(shape[:2]),
+        captions=plan.captions,
+        caption=plan.caption(1),
+    )
+    return answers.to(torch.device("cuda"))
+
+
 def stage(name: str, clips: data.Clips) -> loop.Stage:
     match name:
         case "bidirectional":
@@ -67,13 +81,16 @@ def stage(name: str, clips: data.Clips) -> loop.Stage:
             return teacher.Stage(config, RECIPE.model, clips, network())
         case "phases":
             return phases.Stage(PHASES, RECIPE.model, played(8, CLIPS.units), played(24, 1), network())
+        case "rounded":
+            settings = rounded.Config(starts=16)
+            return rounded.Stage(settings, PHASES, RECIPE.model, played(8, CLIPS.units), answered(24), network())
         case _:
             return cd.Stage(cd.Config(batch=8, guidance_later=2.0, resampled=0.5), RECIPE.model, clips, network())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["bidirectional", "teacher", "phases", "cd"])
+@pytest.mark.parametrize("name", ["bidirectional", "teacher", "phases", "rounded", "cd"])
 def test_a_replay_is_the_loss_and_its_gradient(name: str, precision: parallel.Precision, clips: data.Clips) -> None:
     made, config = stage(name, clips), loop.Config(precision=precision, device="cuda")
     average = getattr(made, "average", None) or loop.Average(made.student, 0.9)

@@ -42,7 +42,7 @@ def straight(units: int) -> ode.Pairs:
 
 
 def stage(start: Network, **settings: float) -> rounded.Stage:
-    config = replace(rounded.Config(steps=30), **settings)
+    config = replace(rounded.Config(steps=30, starts=4), **settings)
     return rounded.Stage(config, CONFIG, MODEL, straight(UNITS), straight(1), start)
 
 
@@ -145,6 +145,6 @@ def test_it_learns_and_ships_what_it_has_trained() -> None:
 
 
 def test_its_settings_are_those_of_the_phases_but_for_its_own() -> None:
-    made = stage(random_network(MODEL), lr=1e-4, ema=0.9)
-    assert made.config == replace(CONFIG, steps=30, lr=1e-4, ema=0.9)
+    made = stage(random_network(MODEL), lr=1e-4, ema=0.9, starts=9)
+    assert made.config == replace(CONFIG, steps=30, lr=1e-4, ema=0.9, starts=9)
     assert (made.name, made.steps, made.batch) == ("rounded", 30, CONFIG.batch)

@@ -30,6 +30,7 @@ from training import (
     data,
     decoder,
     dmd,
+    ideal,
     loop,
     ode,
     parallel,
@@ -212,27 +213,51 @@ def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
     start = trained_network(recipe, out, "teacher_long")
-    return _averaged(phases.Stage(recipe.phases, recipe.model, *_played(recipe, out), start), recipe.phases.ema)
+    pairs, openings = _pairs(recipe, out), _openings(recipe, out)
+    return _averaged(phases.Stage(recipe.phases, recipe.model, pairs, openings, start), recipe.phases.ema)
 
 
 def _rounded(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    start = trained_network(recipe, out, "phases")
-    stage = rounded.Stage(recipe.rounded, recipe.phases, recipe.model, *_played(recipe, out), start)
+    start, pairs = trained_network(recipe, out, "phases"), _pairs(recipe, out)
+    openings = _answers(recipe, out) if recipe.shards is None else _openings(recipe, out)
+    stage = rounded.Stage(recipe.rounded, recipe.phases, recipe.model, pairs, openings, start)
     return _averaged(stage, recipe.rounded.ema)
 
 
-def _played(recipe: Recipe, out: Path) -> tuple[ode.Pairs, ode.Pairs]:
-    """What distillation by phases learns from: clips of the led teacher, and first units of others."""
-    config, model, device = recipe.phases, recipe.model, parallel.device(recipe.run.device)
+def _pairs(recipe: Recipe, out: Path) -> ode.Pairs:
+    """Clips of the led teacher."""
+    config = recipe.phases
+    return _made(recipe, out, "pairs", config.trajectories(recipe.model), ode.Pairs, _led(recipe, out, config.pairs_of))
+
+
+def _openings(recipe: Recipe, out: Path) -> ode.Pairs:
+    """First units of it."""
+    config, make = recipe.phases, _led(recipe, out, recipe.phases.openings_of)
+    return _made(recipe, out, "openings", config.first_trajectories(recipe.model), ode.Pairs, make)
+
+
+def _answers(recipe: Recipe, out: Path) -> ideal.Answers:
+    """First units of the world as the student plays them, with what is right in each of their states."""
+    device, kept = parallel.device(recipe.run.device), recipe.rounded.answered(recipe.phases, recipe.model)
+    student = frozen(trained_network(recipe, out, "phases").to(device))
+    pictures = trained_autoencoder(recipe, out).to(device)
+
+    def make(_: data.Batch, generator: torch.Generator) -> ideal.Answers:
+        return ideal.play(pictures, student, recipe.model, kept.piece, generator)
+
+    return _made(recipe, out, "answers", kept, ideal.Answers, make)
+
+
+def _led(recipe: Recipe, out: Path, make: phases.Maker) -> ode.Maker:
+    device = parallel.device(recipe.run.device)
     strong, weak = (frozen(trained_network(recipe, out, name).to(device)) for name in ("teacher_long", "teacher"))
-    clips = _clips(recipe, out, long=True)
+    return partial(make, strong, weak, recipe.model)
 
-    def kept(name: str, trajectories: ode.Config, make: phases.Maker) -> ode.Pairs:
-        ode.write(out / name, trajectories, clips, partial(make, strong, weak, model), recipe.seed)
-        return ode.read(out / name, trajectories).to(device)
 
-    pairs = kept("pairs", config.trajectories(model), config.pairs_of)
-    return pairs, kept("openings", config.first_trajectories(model), config.openings_of)
+def _made(recipe: Recipe, out: Path, name: str, config: ode.Config, kind: type[ode.K], make: ode.Maker) -> ode.K:
+    """What a stage learns from, made where it is not yet."""
+    ode.write(out / name, config, _clips(recipe, out, long=True), make, recipe.seed)
+    return ode.read(out / name, config, kind).to(parallel.device(recipe.run.device))
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -72,29 +72,34 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(Prompts):
-    """Trajectories of a teacher. Some of them are fp32, whatever all are kept in."""
+class Kept(Prompts):
+    """What was made once and is drawn from often. Some of them are fp32, whatever all are kept in."""
 
-    states: Tensor  # [B, S, n, C, h, w] on the way, at the levels asked for
-    end: Tensor  # [B, n, C, h, w] the teacher's end point
-    clean: Tensor  # [B, n, C, h, w] the real clip that was its past; the end point itself where it had none
-
-    def __getitem__(self, clips: Tensor) -> Pairs:
+    def __getitem__(self, clips: Tensor) -> Self:
         return replace(self, **{name: _full(getattr(self, name)[clips]) for name in self._of_clips})
-
-    @property
-    def _of_clips(self) -> tuple[str, ...]:
-        return ("captions", "caption", "states", "end", "clean")
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps."""
         null = {} if self.null is None else {"null": self.null}
         return {name: getattr(self, name) for name in self._of_clips} | null
 
-    @staticmethod
-    def cat(parts: Sequence[Pairs]) -> Pairs:
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
         """One after the other; all have the same unconditional prompt."""
         return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0]._of_clips})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Kept):
+    """Trajectories of a teacher."""
+
+    states: Tensor  # [B, S, n, C, h, w] on the way, at the levels asked for
+    end: Tensor  # [B, n, C, h, w] the teacher's end point
+    clean: Tensor  # [B, n, C, h, w] the real clip that was its past; the end point itself where it had none
+
+    @property
+    def _of_clips(self) -> tuple[str, ...]:
+        return ("captions", "caption", "states", "end", "clean")
 
 
 class Trajectories(Protocol):
@@ -180,11 +185,12 @@ def _pairs(track: Tensor, prompts: Prompts, clean: Tensor) -> Pairs:
     )
 
 
-Maker = Callable[[Batch, torch.Generator], Pairs]
+Maker = Callable[[Batch, torch.Generator], Kept]
+K = TypeVar("K", bound=Kept)
 
 
 def write(folder: Path, config: Config, clips: DataSet, make: Maker, seed: int) -> None:
-    """Make and keep all trajectories, a piece in a file; files that are there already stay. Processes take turns."""
+    """Make and keep all of them, a piece in a file; files that are there already stay. Processes take turns."""
     folder.mkdir(parents=True, exist_ok=True)
     own = list(enumerate(_files(folder, config)))[parallel.rank() :: parallel.count()]
     for piece, path in tqdm(own, desc="pairs", unit="piece", disable=None):
@@ -224,9 +230,9 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def read(folder: Path, config: Config) -> Pairs:
+def read(folder: Path, config: Config, kind: type[K] = Pairs) -> K:  # type: ignore[assignment]
     """All of them, in memory, as they are kept."""
-    return Pairs.cat([Pairs(**load_file(path)) for path in Stored(folder, config).files])
+    return kind.cat([kind(**load_file(path)) for path in Stored(folder, config).files])
 
 
 # --------------------------------------------------------------------------------------------------------- regression

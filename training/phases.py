@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from cfrt import flow
 from cfrt.config import ModelConfig
 from cfrt.nn.constants import kept
-from training import ode, rollout
+from training import ideal, ode, rollout
 from training.data import Batch, Prompts
 from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
-from training.network import Network, Velocity, broadcast, unit_weights
+from training.network import Network, Velocity, broadcast, by_age
 from training.optimisers import MAKERS
 
 
@@ -52,7 +52,8 @@ class Config:
     schedule: Schedule = "cosine"
     ema: float = 0.998
     first_weight: float = 4.0
-    early_weight: float = 2.0
+    early_weight: float = 3.0
+    """Loss weight of the next three units, and of four after a caption changed: where it is obeyed or not."""
     last_weight: float = 2.0
     """Loss weight of steps that end without noise: the longest one of most lists, and nothing comes after it that could
     take an error off again."""
@@ -110,9 +111,11 @@ class Stage:
         config: Config,
         model: ModelConfig,
         pairs: ode.Trajectories,
-        openings: ode.Trajectories,
+        openings: ode.Trajectories | ideal.Answers,
         start: Network,
     ) -> None:
+        """`openings` may also be states that the ideal denoiser has answered: then the first units of clips count only
+        where a caption leaves something of the look open, on which it has no word."""
         self.config, self.model, self.pairs, self.openings, self.steps = config, model, pairs, openings, config.steps
         self.student, self.batch = start, config.batch
         self.networks, self.frozen = {"student": self.student}, dict[str, nn.Module]()
@@ -121,7 +124,8 @@ class Stage:
     @property
     def capturable(self) -> bool:
         """Whether nothing has to be fetched for a step."""
-        return all(isinstance(played, ode.Pairs) and played.end.is_cuda for played in (self.pairs, self.openings))
+        played = (self.pairs, self.openings)
+        return all(isinstance(found, ode.Kept) and found.captions.is_cuda for found in played)
 
     def optimisers(self) -> dict[str, Optimisers]:
         return {"student": MAKERS[self.config.optimiser](self.student, self.config.lr, self.config.betas)}
@@ -133,23 +137,44 @@ class Stage:
         config, unit, generator = self.config, self.model.unit, micro.generator
         pairs = self._drawn(self.pairs, config.batch, generator)
         steps = self._steps(pairs.end.shape[1], config.batch, generator)
-        error = self._error(self.student.teacher_forced, pairs, *steps).mean(0)  # [n]
-        first = error[:unit].mean()
-        if config.starts:
-            first = torch.lerp(self._starts(generator), first, config.batch / (config.batch + config.starts))
-        weights = unit_weights(len(error), unit, config.first_weight, config.early_weight, error.device)
-        loss = ((error * weights)[unit:].sum() + first * weights[:unit].sum()) / len(error)
-        return loss, {"loss": error.mean(), "first": first}
+        errors = self._error(self.student.teacher_forced, pairs, *steps)  # [B, n]
+        first = self._first(errors[:, :unit].mean(1), pairs, generator)
+        weights = by_age(pairs, config.early_weight, 1.0, unit).flatten(1)  # [B, n]
+        weights[:, :unit] = config.first_weight
+        weights = weights / weights.mean()
+        each = (errors * weights)[:, unit:].sum(1) + first * weights[:, :unit].sum(1)
+        return each.mean() / errors.shape[1], {"loss": errors.mean(), "first": first}
+
+    def _first(self, error: Tensor, pairs: ode.Pairs, generator: torch.Generator) -> Tensor:
+        """Mean error of first units: those of the clips, [B], and further ones."""
+        if not self.config.starts:
+            return error.mean()
+        if isinstance(self.openings, ideal.Answers):
+            further, counts = self._answered(self.openings, generator), ~ideal.named(pairs.captions[:, 0])
+        else:
+            further, counts = self._starts(self.openings, generator), torch.ones_like(error)
+        return torch.cat([further, error * counts]).sum() / (len(further) + counts.sum())
 
     def _drawn(self, pairs: ode.Trajectories, clips: int, generator: torch.Generator) -> ode.Pairs:
         return pairs[_integers(len(pairs), clips, generator)].to(self.student.device)
 
-    def _starts(self, generator: torch.Generator) -> Tensor:
-        """Mean error on further first units. One sees only itself: the bidirectional forward is the teacher-forced
+    def _starts(self, openings: ode.Trajectories, generator: torch.Generator) -> Tensor:
+        """Errors on further first units, [B]. One sees only itself: the bidirectional forward is the teacher-forced
         one."""
-        pairs = self._drawn(self.openings, self.config.starts, generator)
+        pairs = self._drawn(openings, self.config.starts, generator)
         steps = self._steps(self.model.unit, self.config.starts, generator)
-        return self._error(self.student.bidirectional, pairs, *steps).mean()
+        return self._error(self.student.bidirectional, pairs, *steps).mean(1)
+
+    def _answered(self, openings: ideal.Answers, generator: torch.Generator) -> Tensor:
+        """The same against the ideal denoiser, each weighted by its noise level: without that, the errors of the last
+        levels, divided by s, would be all that counts."""
+        clip, level = openings.draw(self.config.starts, generator)
+        drawn, level = openings[clip].to(self.student.device), level.to(self.student.device)
+        row = torch.arange(len(level), device=level.device)
+        x, answer = drawn.states[row, level], drawn.answers[row, level]
+        s = _sigmas(self.model.unit_steps(0), self.model.shift, x.device)[level, None].expand(x.shape[:2])
+        said = self.student.bidirectional(x, s, Batch.of(x, drawn))
+        return ((said - flow.v_from_x0(x, answer, broadcast(s))).square() * broadcast(s)).mean((1, 2, 3, 4))
 
     def _error(self, velocity: Velocity, pairs: ode.Pairs, start: Tensor, end: Tensor) -> Tensor:
         """Squared error of what is said of a step to what it has to be, [B, n], weighted by where it ends."""

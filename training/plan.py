@@ -198,9 +198,15 @@ def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
 
 
 def of_rounded(config: rounded.Config, of: phases.Config, model: ModelConfig, frames: int) -> Work:
-    """On the trajectories that the phases `of` before it were given."""
-    again = replace(of, steps=config.steps)
-    return replace(of_phases(again, model, frames), asking=0.0, constant={})
+    """On the clips that the phases `of` before it were given, and first units of its student that are answered: two
+    latent frames for each of their steps. What answering costs beside the student's passes is not counted."""
+    again = replace(of, steps=config.steps, openings=0, starts=config.starts)
+    steps, unit = len(model.unit_steps(0)), model.unit
+    answers = 2.0 * 2 * steps * config.answers * unit * model.latent_channels * prod(model.latent_grid)
+    playing = config.answers * (steps * unit_passes(model, unit)[0] + text(model, CAPTIONS * model.text.length))
+    work = of_phases(again, model, frames)
+    asking = playing / (config.steps * of.batch)
+    return replace(work, asking=asking, constant={}, data=work.data + answers)
 
 
 def of_cd(config: cd.Config, model: ModelConfig, frames: int) -> Work:

@@ -83,6 +83,7 @@ def tiny_gpu() -> Recipe:
             lr=1.2e-3,
             ema=0.999,
         ),
+        rounded=rounded.Config(steps=3000, answers=262_144, piece=2048, starts=4096),
         dmd=dmd.Config(
             steps=60,
             batch=512,
@@ -114,7 +115,7 @@ def smoke() -> Recipe:
         long=data.Config(clips=16, units=12),
         teacher_long=teacher.Config(steps=4, batch=4, starts=8, resampled=0.5),
         phases=phases.Config(pairs=8, openings=32, piece=4, steps=6, batch=4, starts=8),
-        rounded=rounded.Config(steps=3),
+        rounded=rounded.Config(steps=3, answers=16, piece=8, starts=8),
         dmd=dmd.Config(steps=2, batch=4, critic_warmup=1),
         evaluate=evaluate.Config(prompts=8, switches=8, pasts=2, futures=3, long=2, long_units=17),
     )

@@ -6,7 +6,9 @@ The loss of `training.phases`, of a network whose products have weights rounded 
 with a power of two for a scale: four significant bits, and no more steps than 127 for an output. The gradient passes
 the rounding straight through (arXiv:1308.3432). Rounding after training moves an output the same way in every frame of
 a stream, which adds it up; a network that was trained rounded has settled around it. R(theta) ships, so that an export
-to either changes no weight (`export/quantize.py`)."""
+to either changes no weight (`export/quantize.py`).
+
+Where the clips are the world's, its first units are answered by the ideal denoiser from here on (`training.ideal`)."""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfrt.config import ModelConfig
-from training import ode, phases
+from training import ideal, ode, phases
 from training.network import Network
 
 LAYERS = (
@@ -39,9 +41,19 @@ DROPPED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    steps: int = 1500
-    lr: float = 3e-4
+    steps: int = 6000
+    lr: float = 6e-4
     ema: float = 0.995
+    answers: int = 98_304
+    """First units that the ideal denoiser answers, where the clips are the world's (`training.ideal`), ..."""
+    piece: int = 1024
+    """... so many of one look at a time, ..."""
+    starts: int = 320
+    """... and states of them in every batch."""
+
+    def answered(self, of: phases.Config, model: ModelConfig) -> ode.Config:
+        """How they are stored."""
+        return replace(of.first_trajectories(model), pairs=self.answers, piece=self.piece)
 
 
 class Stage(phases.Stage):
@@ -55,10 +67,10 @@ class Stage(phases.Stage):
         of: phases.Config,
         model: ModelConfig,
         pairs: ode.Trajectories,
-        openings: ode.Trajectories,
+        openings: ode.Trajectories | ideal.Answers,
         start: Network,
     ) -> None:
-        again = replace(of, steps=config.steps, lr=config.lr, ema=config.ema)
+        again = replace(of, steps=config.steps, lr=config.lr, ema=config.ema, starts=config.starts)
         super().__init__(again, model, pairs, openings, start)
         for name, layer in start.named_modules():
             if isinstance(layer, nn.Linear) and name.endswith(LAYERS):

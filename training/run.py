@@ -15,7 +15,7 @@ import tyro
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Train the embedded student: autoencoder, bidirectional teacher, AR teacher, the same on longer clips,
-    distillation by phases, the same with rounded weights, decoder, asymmetric DMD.
+    distillation by phases, the same with rounded weights and exact answers for first units, decoder, asymmetric DMD.
 
     Run the same command again to go on after an interruption. Every stage leaves its statistics (stats.jsonl), a
     contact sheet (preview.png) and its averaged weights in its folder; the student and its card end up in

@@ -222,13 +222,18 @@ def _walls(radius: Tensor) -> tuple[Tensor, Tensor]:
     return margin, SIDE - margin
 
 
-def _start(factors: Tensor, generator: torch.Generator) -> Tensor:
-    """[B, 2] positions from which the first CALM frames meet no wall."""
-    low, high = (edge.expand(-1, 2).clone() for edge in _walls(RADIUS[factors[:, SIZE]]))
+def starts(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a scene may begin: the least and the largest position, [B, 2] each, from which the first CALM frames meet
+    no wall."""
+    low, high = (edge.expand(-1, 2) for edge in _walls(RADIUS[factors[:, SIZE]]))
     run = CALM * STEP[factors[:, SPEED], None]
     ahead = HEADING[factors[:, DIRECTION]]
-    high = torch.where(ahead > 0, high - run, high)
-    low = torch.where(ahead < 0, low + run, low)
+    return torch.where(ahead < 0, low + run, low), torch.where(ahead > 0, high - run, high)
+
+
+def _start(factors: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, 2] positions, evenly from where a scene may begin."""
+    low, high = starts(factors)
     return low + (high - low) * torch.rand(len(factors), 2, generator=generator)
 
 

@@ -166,25 +166,6 @@ def test_the_last_step_and_the_first_unit_weigh_as_their_settings_say(model: Mod
         torch.testing.assert_close(report["first"], torch.tensor(4.0))
 
 
-def test_units_after_a_caption_began_weigh_more(model: ModelConfig) -> None:
-    """The clip's own or the one that it changes to; by definition, clip by clip."""
-    stage = made(replace(CONFIG, starts=0), model, straight(model), random_network(model))
-    loss, report = stage.loss(loop.micro_batch(0, 0, 0))
-    generator = loop.micro_batch(0, 0, 0).generator
-    pairs = stage._drawn(stage.pairs, CONFIG.batch, generator)
-    errors = stage._error(stage.student.teacher_forced, pairs, *stage._steps(UNITS, CONFIG.batch, generator))
-    weights = torch.ones_like(errors)
-    for clip, captions in enumerate(pairs.caption.tolist()):
-        began = captions.index(1) if 1 in captions else 0
-        for unit in [*range(4), *range(began, min(began + 4, UNITS))]:
-            weights[clip, unit] = CONFIG.early_weight
-    weights[:, 0] = CONFIG.first_weight
-    assert (pairs.caption.sum(1) > 0).any()
-    errors[:, 0] = errors[:, 0].mean()
-    torch.testing.assert_close(loss, (errors * weights).mean() / weights.mean())
-    torch.testing.assert_close(report["loss"], errors.mean())
-
-
 def test_every_unit_takes_steps_of_its_own_list(model: ModelConfig) -> None:
     stage = phases.Stage(CONFIG, model, None, None, random_network(model))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from cfrt.nn.constants import kept
 from training import ideal, ode, rollout
 from training.data import Batch, Prompts
 from training.loop import SCHEDULES, Micro, Optimisers, Report, Schedule, Update
-from training.network import Network, Velocity, broadcast, by_age
+from training.network import Network, Velocity, broadcast, unit_weights
 from training.optimisers import MAKERS
 
 
@@ -52,8 +52,7 @@ class Config:
     schedule: Schedule = "cosine"
     ema: float = 0.998
     first_weight: float = 4.0
-    early_weight: float = 3.0
-    """Loss weight of the next three units, and of four after a caption changed: where it is obeyed or not."""
+    early_weight: float = 2.0
     last_weight: float = 2.0
     """Loss weight of steps that end without noise: the longest one of most lists, and nothing comes after it that could
     take an error off again."""
@@ -138,12 +137,10 @@ class Stage:
         pairs = self._drawn(self.pairs, config.batch, generator)
         steps = self._steps(pairs.end.shape[1], config.batch, generator)
         errors = self._error(self.student.teacher_forced, pairs, *steps)  # [B, n]
-        first = self._first(errors[:, :unit].mean(1), pairs, generator)
-        weights = by_age(pairs, config.early_weight, 1.0, unit).flatten(1)  # [B, n]
-        weights[:, :unit] = config.first_weight
-        weights = weights / weights.mean()
-        each = (errors * weights)[:, unit:].sum(1) + first * weights[:, :unit].sum(1)
-        return each.mean() / errors.shape[1], {"loss": errors.mean(), "first": first}
+        error, first = errors.mean(0), self._first(errors[:, :unit].mean(1), pairs, generator)
+        weights = unit_weights(len(error), unit, config.first_weight, config.early_weight, error.device)
+        loss = ((error * weights)[unit:].sum() + first * weights[:unit].sum()) / len(error)
+        return loss, {"loss": error.mean(), "first": first}
 
     def _first(self, error: Tensor, pairs: ode.Pairs, generator: torch.Generator) -> Tensor:
         """Mean error of first units: those of the clips, [B], and further ones."""

@@ -8,7 +8,7 @@ the rounding straight through (arXiv:1308.3432). Rounding after training moves a
 a stream, which adds it up; a network that was trained rounded has settled around it. R(theta) ships, so that an export
 to either changes no weight (`export/quantize.py`).
 
-Where the clips are the world's, its first units are answered by the ideal denoiser from here on (`training.ideal`)."""
+Where the clips are the world's, first units are answered by the ideal denoiser from here on (`training.ideal`)."""
 
 from __future__ import annotations
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_fixture import Noise
 from training_fixture import network as random_network
 
 from cfrt import flow, students
 from cfrt.config import ModelConfig
+from cfrt.errors import ConfigError
 from cfrt.nn.autoencoder import Autoencoder
 from cfrt.weights import load_model, part
 from training import captions, data, ideal, loop, ode, phases, reader, recipes, rollout, rounded, worlds
@@ -27,7 +29,6 @@ pytestmark = pytest.mark.cpu
 
 SCENE = torch.tensor([0, 1, 3, 2, 1, 2])  # a small green cross that goes down fast over the meadow
 LOOK = SCENE[ideal.LOOK]
-CPU = torch.device("cpu")
 MODEL = recipes.tiny().model
 
 
@@ -49,7 +50,7 @@ def pictures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """First latent frames [B, D] of the scene, and where the object is."""
     generator = torch.Generator().manual_seed(seed)
     scene = worlds.simulate(SCENE.expand(count, -1), generator, 1)
-    return ideal.encoded(trained()[0], LOOK, scene.position[:, 0], scene.phase[:, 0], CPU), scene.position[:, 0]
+    return ideal.encoded(trained()[0], LOOK, scene.position[:, 0], scene.phase[:, 0]), scene.position[:, 0]
 
 
 def noised(x0: torch.Tensor, s: float, seed: int = 1) -> torch.Tensor:
@@ -81,8 +82,8 @@ def test_it_is_the_posterior_s_mean(s: float) -> None:
 
 
 def test_no_network_is_nearer_to_the_truth() -> None:
-    """It has the least expected error at every level of the first unit's list, by definition. The student that ships
-    has seen a hundred million states."""
+    """It has the least expected error at every level of the first unit's list, by definition: less than the student
+    that ships."""
     _, student = trained()
     x0, _ = pictures(128, seed=6)
     count = len(x0)
@@ -114,7 +115,7 @@ def test_it_begins_where_a_scene_may_begin() -> None:
     """Even a picture of the object elsewhere is answered by one from which the first frames meet no wall."""
     autoencoder, _ = trained()
     elsewhere = torch.tensor([[32.0, 54.0], [12.0, 55.0]])  # at the floor, and it goes down
-    x0 = ideal.encoded(autoencoder, LOOK, elsewhere, torch.tensor([1.0, 2.0]), CPU)
+    x0 = ideal.encoded(autoencoder, LOOK, elsewhere, torch.tensor([1.0, 2.0]))
     low, high = look().inside(SCENE.expand(2, -1))
     found = look().denoise(x0 * 0.9, 0.1, low, high)
     video = data.decode(autoencoder, found.view(2, 1, MODEL.latent_channels, *MODEL.latent_grid))
@@ -163,7 +164,7 @@ def test_the_same_seed_plays_the_same_and_files_keep_it(tmp_path: Path) -> None:
     """As a run makes them: a piece in a file, and one that is there already stays."""
     autoencoder, student = trained()
     config = rounded.Config(answers=24, piece=16).answered(phases.Config(), MODEL)
-    clips = _Clips()
+    clips = Noise(MODEL)
     made: list[int] = []
 
     def make(_: data.Batch, generator: torch.Generator) -> ideal.Answers:
@@ -179,16 +180,10 @@ def test_the_same_seed_plays_the_same_and_files_keep_it(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.tensors()[name]) for name, value in kept.tensors().items())
 
 
-class _Clips:
-    def __len__(self) -> int:
-        return 1
-
-    def batch(self, index: int, size: int) -> data.Batch:
-        none = torch.zeros(size, 1, dtype=torch.long)
-        return data.Batch(latents=torch.zeros(size), captions=none, caption=none)
-
-    def prompts(self, size: int, generator: torch.Generator) -> Prompts:
-        raise NotImplementedError
+def test_a_unit_of_three_latent_frames_is_no_picture() -> None:
+    autoencoder, student = trained()
+    with pytest.raises(ConfigError, match="units of one latent frame, got 3"):
+        ideal.play(autoencoder, student, replace(MODEL, unit=3, window=9, trained_frames=12), 2, torch.Generator())
 
 
 def answers(model: ModelConfig, clips: int = 4) -> ideal.Answers:

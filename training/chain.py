@@ -212,40 +212,31 @@ def _score(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
 
 
 def _phases(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    start = trained_network(recipe, out, "teacher_long")
-    pairs, openings = _pairs(recipe, out), _openings(recipe, out)
+    start, clips = trained_network(recipe, out, "teacher_long"), _clips(recipe, out, long=True)
+    pairs, openings = _pairs(recipe, out, clips), _openings(recipe, out, clips)
     return _averaged(phases.Stage(recipe.phases, recipe.model, pairs, openings, start), recipe.phases.ema)
 
 
 def _rounded(recipe: Recipe, out: Path) -> tuple[Stage, Average]:
-    start, pairs = trained_network(recipe, out, "phases"), _pairs(recipe, out)
-    openings = _answers(recipe, out) if recipe.shards is None else _openings(recipe, out)
+    start, clips = trained_network(recipe, out, "phases"), _clips(recipe, out, long=True)
+    pairs, first = _pairs(recipe, out, clips), _answers if recipe.shards is None else _openings
+    openings = first(recipe, out, clips)
     stage = rounded.Stage(recipe.rounded, recipe.phases, recipe.model, pairs, openings, start)
     return _averaged(stage, recipe.rounded.ema)
 
 
-def _pairs(recipe: Recipe, out: Path) -> ode.Pairs:
+def _pairs(recipe: Recipe, out: Path, clips: data.DataSet) -> ode.Pairs:
     """Clips of the led teacher."""
-    config = recipe.phases
-    return _made(recipe, out, "pairs", config.trajectories(recipe.model), ode.Pairs, _led(recipe, out, config.pairs_of))
+    kept, make = recipe.phases.trajectories(recipe.model), _led(recipe, out, recipe.phases.pairs_of)
+    ode.write(out / "pairs", kept, clips, make, recipe.seed)
+    return ode.read(out / "pairs", kept).to(parallel.device(recipe.run.device))
 
 
-def _openings(recipe: Recipe, out: Path) -> ode.Pairs:
+def _openings(recipe: Recipe, out: Path, clips: data.DataSet) -> ode.Pairs:
     """First units of it."""
-    config, make = recipe.phases, _led(recipe, out, recipe.phases.openings_of)
-    return _made(recipe, out, "openings", config.first_trajectories(recipe.model), ode.Pairs, make)
-
-
-def _answers(recipe: Recipe, out: Path) -> ideal.Answers:
-    """First units of the world as the student plays them, with what is right in each of their states."""
-    device, kept = parallel.device(recipe.run.device), recipe.rounded.answered(recipe.phases, recipe.model)
-    student = frozen(trained_network(recipe, out, "phases").to(device))
-    pictures = trained_autoencoder(recipe, out).to(device)
-
-    def make(_: data.Batch, generator: torch.Generator) -> ideal.Answers:
-        return ideal.play(pictures, student, recipe.model, kept.piece, generator)
-
-    return _made(recipe, out, "answers", kept, ideal.Answers, make)
+    kept, make = recipe.phases.first_trajectories(recipe.model), _led(recipe, out, recipe.phases.openings_of)
+    ode.write(out / "openings", kept, clips, make, recipe.seed)
+    return ode.read(out / "openings", kept).to(parallel.device(recipe.run.device))
 
 
 def _led(recipe: Recipe, out: Path, make: phases.Maker) -> ode.Maker:
@@ -254,10 +245,17 @@ def _led(recipe: Recipe, out: Path, make: phases.Maker) -> ode.Maker:
     return partial(make, strong, weak, recipe.model)
 
 
-def _made(recipe: Recipe, out: Path, name: str, config: ode.Config, kind: type[ode.K], make: ode.Maker) -> ode.K:
-    """What a stage learns from, made where it is not yet."""
-    ode.write(out / name, config, _clips(recipe, out, long=True), make, recipe.seed)
-    return ode.read(out / name, config, kind).to(parallel.device(recipe.run.device))
+def _answers(recipe: Recipe, out: Path, clips: data.DataSet) -> ideal.Answers:
+    """First units of the world as the student plays them, with what is right in each of their states."""
+    device, kept = parallel.device(recipe.run.device), recipe.rounded.answered(recipe.phases, recipe.model)
+    student = frozen(trained_network(recipe, out, "phases").to(device))
+    pictures = trained_autoencoder(recipe, out).to(device)
+
+    def make(_: data.Batch, generator: torch.Generator) -> ideal.Answers:
+        return ideal.play(pictures, student, recipe.model, kept.piece, generator)
+
+    ode.write(out / "answers", kept, clips, make, recipe.seed)
+    return ode.read(out / "answers", kept, ideal.Answers).to(device)
 
 
 def _dmd(recipe: Recipe, out: Path) -> tuple[Stage, Average]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cfrt import flow
 from cfrt.config import ModelConfig
+from cfrt.errors import ConfigError
 from cfrt.nn.autoencoder import Autoencoder
 from training import captions, data, ode, rollout, worlds
 from training.data import Prompts
@@ -145,12 +146,11 @@ def _encoded(autoencoder: Autoencoder, look: Tensor, wall: float, places: int) -
     """[places, places, PHASES, D] first latent frames of the grid."""
     along = torch.linspace(wall, worlds.SIDE - wall, places)
     grid = torch.cartesian_prod(along, along, 2 * math.pi * torch.arange(PHASES) / PHASES)
-    device = autoencoder.latent_mean.device
-    latents = [encoded(autoencoder, look, part[:, :2], part[:, 2], device) for part in grid.split(512)]
+    latents = [encoded(autoencoder, look, part[:, :2], part[:, 2]) for part in grid.split(512)]
     return torch.cat(latents).view(places, places, PHASES, -1)
 
 
-def encoded(autoencoder: Autoencoder, look: Tensor, position: Tensor, phase: Tensor, device: torch.device) -> Tensor:
+def encoded(autoencoder: Autoencoder, look: Tensor, position: Tensor, phase: Tensor) -> Tensor:
     """First latent frames [B, D] of pictures with the object at position [B, 2]."""
     count = len(phase)
     factors = torch.zeros(count, len(worlds.FACTORS), dtype=torch.long)
@@ -163,7 +163,7 @@ def encoded(autoencoder: Autoencoder, look: Tensor, position: Tensor, phase: Ten
         heading=factors[:, worlds.DIRECTION, None],
         phase=phase[:, None],
     )
-    return data.encode(autoencoder, worlds.render(scene.to(device)), 64).float().flatten(1)
+    return data.encode(autoencoder, worlds.render(scene.to(autoencoder.latent_mean.device)), 64).float().flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -173,8 +173,8 @@ def encoded(autoencoder: Autoencoder, look: Tensor, position: Tensor, phase: Ten
 class Answers(ode.Kept):
     """First units on their way, and what is to be said of each state."""
 
-    states: Tensor  # [B, S, F, C, h, w] at the levels of the first unit's list
-    answers: Tensor  # [B, S, F, C, h, w] E[x0 | x_s]
+    states: Tensor  # [B, S, 1, C, h, w] at the levels of the first unit's list
+    answers: Tensor  # [B, S, 1, C, h, w] E[x0 | x_s]
     surprise: Tensor  # [B, S] squared error of what the student said, 1 in the mean of a level
 
     @property
@@ -207,7 +207,9 @@ def play(
     autoencoder: Autoencoder, student: Network, model: ModelConfig, count: int, generator: torch.Generator
 ) -> Answers:
     """`count` first units of one look, drawn at random: half of them as the ideal denoiser itself plays them, half as
-    the student does."""
+    the student does. ConfigError where a unit is more than a picture."""
+    if model.unit != 1:
+        raise ConfigError(f"expected units of one latent frame, got {model.unit}: of more, the first one moves as well")
     factors = _scenes(count, generator)
     look = Look(autoencoder, factors[0, LOOK])
     low, high = look.inside(factors)
@@ -225,8 +227,12 @@ def play(
         error = (said - v).square().flatten(1).mean(1)
         surprise.append(error / error.mean())
         x = flow.euler(x, torch.where(played, said, v), s, s_next)
-    tracks = (torch.stack(track, 1) for track in (states, answers, surprise))
-    return Answers(**dict(zip(("states", "answers", "surprise"), tracks, strict=True)), **vars(prompts))
+    return Answers(
+        states=torch.stack(states, 1),
+        answers=torch.stack(answers, 1),
+        surprise=torch.stack(surprise, 1),
+        **vars(prompts),
+    )
 
 
 def _scenes(count: int, generator: torch.Generator) -> Tensor:

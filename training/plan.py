@@ -197,10 +197,14 @@ def of_phases(config: phases.Config, model: ModelConfig, frames: int) -> Work:
     )
 
 
-def of_rounded(config: rounded.Config, of: phases.Config, model: ModelConfig, frames: int) -> Work:
-    """On the clips that the phases `of` before it were given, and first units of its student that are answered: two
-    latent frames for each of their steps. What answering costs beside the student's passes is not counted."""
-    again = replace(of, steps=config.steps, openings=0, starts=config.starts)
+def of_rounded(config: rounded.Config, of: phases.Config, model: ModelConfig, frames: int, own: bool) -> Work:
+    """On the clips that the phases `of` before it were given. Where they are one's own, on their first units as well;
+    otherwise on first units of its student that are answered: two latent frames for each of their steps. What answering
+    costs beside the student's passes is not counted."""
+    again = replace(of, steps=config.steps, starts=config.starts)
+    if own:
+        return replace(of_phases(again, model, frames), asking=0.0, constant={})
+    again = replace(again, openings=0)
     steps, unit = len(model.unit_steps(0)), model.unit
     answers = 2.0 * 2 * steps * config.answers * unit * model.latent_channels * prod(model.latent_grid)
     playing = config.answers * (steps * unit_passes(model, unit)[0] + text(model, CAPTIONS * model.text.length))
@@ -382,7 +386,7 @@ def of_recipe(recipe: recipes.Recipe, speed: Speed) -> list[Stage]:
         "score": of_bidirectional(recipe.score, model, frames),
         "teacher_long": of_teacher(recipe.teacher_long, model, long),
         "phases": of_phases(recipe.phases, model, long),
-        "rounded": of_rounded(recipe.rounded, recipe.phases, model, long),
+        "rounded": of_rounded(recipe.rounded, recipe.phases, model, long, recipe.shards is not None),
         "decoder": of_decoder(recipe.decoder, model),
         "dmd": of_dmd(recipe.dmd, model, model, model, frames),
     }
